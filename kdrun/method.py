@@ -1,0 +1,151 @@
+"""The contract of a distillation method.
+
+A method is one ``nn.Module`` in one file under ``kdrun/methods/``. Its keyword-only constructor
+arguments are the keys of ``conf/method/<slug>.yaml``; their annotations (``kdrun.parameters``) are
+the types and ranges that the command line checks. The engine drives the life cycle below; a method
+knows nothing of the trainer, of configuration, of devices or of files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from kdrun.outputs import Batch, ModelOutput, Progress
+from kdrun.parameters import checked_constructor
+
+Taps = Mapping[str, tuple[str, ...]]
+"""Role (``student``, ``teacher``, ...) to the names of the activations wanted from it."""
+
+
+class Engine(Protocol):
+    """What a method with an irregular step may ask of the engine (see ``Method.step``)."""
+
+    def forward(self, role: str, batch: Batch) -> ModelOutput:
+        """Run the network of ``role``; gradients flow if that role is trainable."""
+
+    def optimize(self, loss: Tensor, *roles: str) -> None:
+        """Zero the gradients of ``roles``, back-propagate ``loss`` and step their optimisers."""
+
+
+class Method(nn.Module):
+    """Base of every method. Only ``losses`` must be written.
+
+    Class attributes:
+        relational: the loss compares samples of a batch with each other, so it depends on how
+            batches are drawn and split; such a method says in its docstring what it sees across
+            ranks.
+        trainable_roles: roles besides the student that are trained with it, each with its own
+            optimiser and schedule (``("teacher",)`` for online distillation).
+        tasks: the tasks that the method supports; the contract tests run each of them.
+        views: names of further augmented views that batches must carry, e.g. ``("strong",)``.
+        zero_at_equality: all distillation terms vanish when student and teacher agree.
+        irregular: the method takes its own optimiser steps in ``step``.
+    """
+
+    relational: ClassVar[bool] = False
+    trainable_roles: ClassVar[tuple[str, ...]] = ()
+    tasks: ClassVar[tuple[str, ...]] = ("classification",)
+    views: ClassVar[tuple[str, ...]] = ()
+    zero_at_equality: ClassVar[bool] = False
+    irregular: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # Values out of range are refused wherever a method is built, not only by the command line.
+        cls.__init__ = checked_constructor(cls.__init__)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.supervised_loss: Callable[[ModelOutput, Batch], Tensor] = _cross_entropy
+        self._recorded: dict[str, Tensor] = {}
+
+    # -- before training ---------------------------------------------------------------------
+
+    def taps(self) -> Taps:
+        """The activations wanted from each role.
+
+        Names: ``stages`` (every stage), ``stage1``, ``stage2`` ... , ``stem``, ``penultimate``
+        (pooled vector before the classifier), any of them with ``.preactivation``, and
+        ``module:<path>`` / ``input:<path>`` for the output / input of any sub-module.
+        """
+        return {}
+
+    def wrap(self, student: nn.Module, teachers: Mapping[str, nn.Module]) -> nn.Module:
+        """Give the student what the method needs (a second head, exits); default: nothing."""
+        return student
+
+    def setup(self, student: ModelOutput, teachers: Mapping[str, ModelOutput]) -> None:
+        """Build trainable helpers (projectors, embeddings) from the shapes of one dry forward.
+
+        The outputs hold real tensors of a two-sample batch with every requested tap.
+        """
+
+    def prepare(self, teachers: Mapping[str, nn.Module], loader: Iterable[Batch]) -> None:
+        """Gather statistics in one pass over the training data before the first step."""
+
+    # -- every step --------------------------------------------------------------------------
+
+    def augment(self, batch: Batch) -> Batch:
+        """Change the batch before any network sees it (mixup, further views)."""
+        return batch
+
+    def losses(
+        self,
+        student: ModelOutput,
+        teachers: Mapping[str, ModelOutput],
+        batch: Batch,
+        progress: Progress,
+    ) -> dict[str, Tensor]:
+        """The named scalar terms of the objective, unweighted, the supervised one among them.
+
+        Args:
+            student: the student's output with the requested taps.
+            teachers: output by role; gradients flow only into trainable roles.
+            batch: the batch both saw; ``batch.mask`` marks the positions that count.
+            progress: where training stands.
+
+        Returns:
+            Scalars by name. The engine multiplies each with ``weights`` and sums them.
+        """
+        raise NotImplementedError
+
+    def weights(self, progress: Progress) -> dict[str, float]:
+        """The factor of each term now; a term that is not named counts once."""
+        return {}
+
+    def step(self, engine: Engine, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        """One irregular training step (bilevel, adversarial, alternating); returns its terms.
+
+        Called instead of ``losses`` where ``irregular`` is true.
+        """
+        raise NotImplementedError
+
+    def after_step(self, progress: Progress) -> None:
+        """Update schedules and memories once the optimiser has stepped.
+
+        State that must survive a restart belongs in buffers.
+        """
+
+    def record(self, name: str, value: Tensor) -> None:
+        """Note a scalar diagnostic of this step; the engine logs its mean over the epoch."""
+        self._recorded[name] = value.detach()
+
+    def take_recorded(self) -> dict[str, Tensor]:
+        """Hand over and forget what ``record`` collected since the last call."""
+        recorded, self._recorded = self._recorded, {}
+        return recorded
+
+    # -- after training ----------------------------------------------------------------------
+
+    def deploy(self, student: nn.Module) -> nn.Module:
+        """The network that is evaluated and shipped; shares its weights with ``student``."""
+        return student
+
+
+def _cross_entropy(output: ModelOutput, batch: Batch) -> Tensor:
+    """Mean cross-entropy; the task replaces it with its own supervised loss."""
+    return torch.nn.functional.cross_entropy(output.logits, batch.target)

@@ -1,0 +1,84 @@
+"""What flows between networks, tasks and methods: batches, outputs and where training stands.
+
+Shape letters used throughout: ``B`` samples, ``C`` classes, ``D`` feature width, ``H, W`` spatial
+size, ``L`` sequence length.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class Batch:
+    """One mini-batch on the device of the networks.
+
+    Attributes:
+        inputs: what the networks read, a tensor ``(B, ...)`` or a dict of tensors.
+        target: what the supervised loss reads; ``(B,)`` class ids in classification.
+        index: ``(B,)`` the stable number of each sample in its data set.
+        mask: positions that count, the shape of the logits without the class axis; None: all do.
+        views: further views of the same samples by name, for methods that declare them.
+    """
+
+    inputs: Any
+    target: Tensor
+    index: Tensor
+    mask: Tensor | None = None
+    views: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return self.index.shape[0]
+
+    def rows(self, rows: slice) -> Batch:
+        """The samples in ``rows`` as a batch of their own (views of the same memory)."""
+
+        def cut(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: cut(item) for name, item in value.items()}
+            return value[rows]
+
+        mask = None if self.mask is None else self.mask[rows]
+        return Batch(
+            cut(self.inputs), self.target[rows], self.index[rows], mask, cut(self.views)
+        )
+
+
+@dataclass(slots=True)
+class ModelOutput:
+    """What one network says of one batch.
+
+    Attributes:
+        logits: ``(B, C)``, or ``(B, ..., C)`` for dense tasks and sequences: classes come last.
+        features: tapped activations by tap name (``stage1``, ``penultimate``, ...).
+        extra: anything else the network returns, by name.
+    """
+
+    logits: Tensor
+    features: dict[str, Tensor] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def stages(self) -> list[Tensor]:
+        """The tapped stage features, shallow to deep."""
+        names = [name for name in self.features if re.fullmatch(r"stage\d+", name)]
+        return [self.features[name] for name in sorted(names, key=lambda name: int(name[5:]))]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where training stands when a step begins. Steps count optimiser steps."""
+
+    epoch: int
+    epochs: int
+    step: int
+    steps: int
+
+    @property
+    def fraction(self) -> float:
+        """Share of training that is done, in [0, 1)."""
+        return self.step / max(self.steps, 1)
