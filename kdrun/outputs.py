@@ -56,11 +56,13 @@ class ModelOutput:
         logits: ``(B, C)``, or ``(B, ..., C)`` for dense tasks and sequences: classes come last.
         features: tapped activations by tap name (``stage1``, ``penultimate``, ...).
         extra: anything else the network returns, by name.
+        views: the network's output on each further view of the batch, by the view's name.
     """
 
     logits: Tensor
     features: dict[str, Tensor] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
+    views: dict[str, ModelOutput] = field(default_factory=dict)
 
     @property
     def stages(self) -> list[Tensor]:
