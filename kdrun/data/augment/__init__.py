@@ -1,0 +1,5 @@
+"""Random changes of image batches: parameters drawn on the CPU, pixels changed on the device."""
+
+from kdrun.data.augment.augmentation import Augmentation, Draws
+
+__all__ = ["Augmentation", "Draws"]
