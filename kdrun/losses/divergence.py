@@ -1,0 +1,125 @@
+"""Divergences between the class distributions of student and teacher.
+
+Classes are on the last dimension; everything before it is a position (a sample, a token, a
+pixel). Every function returns the mean over positions, or over those that ``mask`` marks.
+Gradients flow to both sides; the engine detaches frozen teachers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kdrun.losses.precision import full_precision
+
+
+def mean_over(values: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean of ``values`` over all positions, or over those where ``mask`` is true.
+
+    What stands at masked positions does not matter, not even NaN. Zero if nothing is marked.
+    """
+    if mask is None:
+        return values.mean()
+    counted = mask.bool()
+    return torch.where(counted, values, 0).sum() / counted.sum().clamp(min=1)
+
+
+@full_precision
+def kl_divergence(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: float = 1.0,
+    t_squared: bool,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """``KL(softmax(teacher / T) || softmax(student / T))`` in nats, mean over positions.
+
+    Args:
+        student: logits ``(..., C)``.
+        teacher: logits ``(..., C)``.
+        temperature: T, which softens both distributions.
+        t_squared: multiply by T^2, which keeps the size of the gradient about independent of T
+            (Hinton et al. 2015, section 2.1).
+        mask: ``(...)``, true at the positions that count.
+    """
+    student = F.log_softmax(student / temperature, dim=-1)
+    teacher = F.log_softmax(teacher / temperature, dim=-1)
+    divergence = (teacher.exp() * (teacher - student)).sum(dim=-1)
+    return mean_over(divergence, mask) * _factor(temperature, t_squared)
+
+
+@full_precision
+def soft_cross_entropy(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: float = 1.0,
+    t_squared: bool,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Cross-entropy of the student's softened distribution under the teacher's, in nats.
+
+    ``-sum_c softmax(teacher / T)_c log_softmax(student / T)_c``, mean over positions. It exceeds
+    ``kl_divergence`` by the teacher's entropy, so it has the same gradient but is not zero where
+    both agree. Arguments as there.
+    """
+    student = F.log_softmax(student / temperature, dim=-1)
+    teacher = F.softmax(teacher / temperature, dim=-1)
+    return mean_over(-(teacher * student).sum(dim=-1), mask) * _factor(temperature, t_squared)
+
+
+@full_precision
+def decoupled_divergence(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    *,
+    temperature: float,
+    t_squared: bool,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The two halves of the KL divergence: of the target class, and among all others.
+
+    Zhao et al., CVPR 2022, equations 5-7. With ``p_y`` the probability of the target, the first is
+    ``KL((p_y, 1 - p_y) of the teacher || of the student)``, the second the KL divergence between
+    the distributions renormalised over the other classes. At T = 1, per sample,
+    ``KL = first + (1 - p_y of the teacher) * second``.
+
+    The official code removes the target by subtracting 1000 from its logit and takes ``log`` of
+    ``1 - p_y``; here the target is left out exactly and everything stays in log space.
+
+    Args:
+        student: logits ``(..., C)``.
+        teacher: logits ``(..., C)``.
+        target: class ids ``(...)``.
+        temperature: T, which softens both distributions.
+        t_squared: multiply both by T^2.
+        mask: ``(...)``, true at the positions that count; targets elsewhere are not read.
+
+    Returns:
+        The target-class and the non-target-class term.
+    """
+    if mask is not None:
+        target = torch.where(mask.bool(), target, 0)
+    target = target.unsqueeze(-1)
+    student_binary, student_others = _split(student / temperature, target)
+    teacher_binary, teacher_others = _split(teacher / temperature, target)
+    of_target = (teacher_binary.exp() * (teacher_binary - student_binary)).sum(dim=-1)
+    among_others = (teacher_others.exp() * (teacher_others - student_others)).sum(dim=-1)
+    factor = _factor(temperature, t_squared)
+    return mean_over(of_target, mask) * factor, mean_over(among_others, mask) * factor
+
+
+def _split(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities ``(..., 2)`` of target against rest, and ``(..., C)`` within the rest."""
+    others = logits.scatter(-1, target, torch.finfo(logits.dtype).min)
+    of_target = logits.gather(-1, target)
+    of_others = others.logsumexp(dim=-1, keepdim=True)
+    binary = F.log_softmax(torch.cat([of_target, of_others], dim=-1), dim=-1)
+    return binary, F.log_softmax(others, dim=-1)
+
+
+def _factor(temperature: float, t_squared: bool) -> float:
+    return temperature**2 if t_squared else 1.0

@@ -1,0 +1,57 @@
+"""Comparing feature maps ``(B, C, H, W)`` of two networks."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from kdrun.losses.precision import full_precision
+
+
+def pool_to_smaller(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Average-pool the map of larger height so that both have the same spatial size.
+
+    Args:
+        student: ``(B, C, H, W)``.
+        teacher: ``(B, C', H', W')``.
+    """
+    if student.shape[-2:] == teacher.shape[-2:]:
+        return student, teacher
+    if student.shape[-2] > teacher.shape[-2]:
+        return F.adaptive_avg_pool2d(student, teacher.shape[-2:]), teacher
+    return student, F.adaptive_avg_pool2d(teacher, student.shape[-2:])
+
+
+def attention_map(features: Tensor, power: float = 2.0) -> Tensor:
+    """Where a layer looks: ``mean_c |f_c|^power`` per position, each sample scaled to unit norm.
+
+    Zagoruyko and Komodakis, ICLR 2017, section 3.1 (activation-based, sum of powers; the mean
+    differs from the sum by a factor that the norm removes).
+
+    Args:
+        features: ``(B, C, H, W)``.
+        power: exponent of the activations.
+
+    Returns:
+        ``(B, H * W)``.
+    """
+    return F.normalize(features.abs().pow(power).mean(dim=1).flatten(1), dim=1)
+
+
+@full_precision
+def attention_distance(student: Tensor, teacher: Tensor, *, power: float = 2.0) -> Tensor:
+    """Squared difference of two attention maps, mean over samples and positions.
+
+    Args:
+        student: ``(B, C, H, W)``.
+        teacher: ``(B, C', H', W')``; the larger map is average-pooled to the smaller.
+        power: exponent of the activations.
+    """
+    student, teacher = pool_to_smaller(student, teacher)
+    return F.mse_loss(attention_map(student, power), attention_map(teacher, power))
+
+
+@full_precision
+def mean_squared_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """``(student - teacher)^2``, mean over every entry of two tensors of one shape."""
+    return F.mse_loss(student, teacher)

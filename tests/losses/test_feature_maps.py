@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from kdrun.losses.feature_maps import attention_distance, attention_map, pool_to_smaller
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_larger_map_is_pooled() -> None:
+    large, small = random(2, 3, 8, 8), random(2, 5, 4, 4)
+    pooled = F.avg_pool2d(large, 2)
+    for first, second in [pool_to_smaller(large, small), pool_to_smaller(small, large)[::-1]]:
+        torch.testing.assert_close(first, pooled)
+        assert second is small
+
+
+def test_attention_map_by_hand() -> None:
+    features = torch.tensor([[[[1.0, 2.0]], [[1.0, 0.0]]]])
+    # Means of squares (1, 2), over their norm sqrt(5).
+    expected = torch.tensor([[1.0, 2.0]]) / 5**0.5
+    torch.testing.assert_close(attention_map(features), expected)
+
+
+def test_attention_distance_is_a_mean_over_samples_and_positions() -> None:
+    student, teacher = random(3, 2, 4, 4), random(3, 5, 4, 4, seed=1)
+    expected = 0.0
+    for s, t in zip(student, teacher, strict=True):
+        ours, theirs = ((f**2).mean(0) for f in (s, t))
+        ours, theirs = ours / ours.norm(), theirs / theirs.norm()
+        expected += float(((ours - theirs) ** 2).sum())
+    assert attention_distance(student, teacher).item() == pytest.approx(expected / (3 * 16))
+
+
+def test_attention_of_one_constant_channel_is_equal_everywhere() -> None:
+    student, teacher = torch.full((2, 1, 4, 4), 3.0), torch.full((2, 1, 4, 4), 0.5)
+    assert attention_distance(student, teacher).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_attention_is_invariant_to_scale() -> None:
+    student, teacher = random(3, 2, 4, 4), random(3, 5, 4, 4, seed=1)
+    torch.testing.assert_close(
+        attention_distance(7 * student, teacher / 3), attention_distance(student, teacher)
+    )
+
+
+def test_gradient_by_finite_differences() -> None:
+    student, teacher = random(2, 2, 4, 4).requires_grad_(), random(2, 3, 2, 2, seed=1)
+    assert torch.autograd.gradcheck(lambda s: attention_distance(s, teacher), student)
