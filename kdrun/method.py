@@ -66,6 +66,14 @@ class Method(nn.Module):
 
     # -- before training ---------------------------------------------------------------------
 
+    def roles(self) -> Mapping[str, str]:
+        """The networks wanted besides the student: role to the config entry that describes it.
+
+        A frozen role takes the weights that the stage of that name left; a role in
+        ``trainable_roles`` starts from fresh ones (``{"peer1": "student"}``: a second student).
+        """
+        return {"teacher": "teacher"}
+
     def taps(self) -> Taps:
         """The activations wanted from each role.
 

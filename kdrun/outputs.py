@@ -43,9 +43,7 @@ class Batch:
             return value[rows]
 
         mask = None if self.mask is None else self.mask[rows]
-        return Batch(
-            cut(self.inputs), self.target[rows], self.index[rows], mask, cut(self.views)
-        )
+        return Batch(cut(self.inputs), self.target[rows], self.index[rows], mask, cut(self.views))
 
 
 @dataclass(slots=True)

@@ -39,7 +39,8 @@ class Interval:
             return f"{'>' if self.low_open else '>='} {self.low:g}"
         if self.low == -math.inf:
             return f"{'<' if self.high_open else '<='} {self.high:g}"
-        return f"in {'(' if self.low_open else '['}{self.low:g}, {self.high:g}{')' if self.high_open else ']'}"
+        left, right = "(" if self.low_open else "[", ")" if self.high_open else "]"
+        return f"in {left}{self.low:g}, {self.high:g}{right}"
 
 
 Positive = Annotated[float, Interval(low=0, low_open=True)]
@@ -62,6 +63,7 @@ class Parameter:
 
     @property
     def required(self) -> bool:
+        """Whether there is no default."""
         return self.default is MISSING
 
 
@@ -115,7 +117,9 @@ def _fits(value: Any, annotation: Any) -> bool:
         base, *ranges = get_args(annotation)
         return _fits(value, base) and all(value in interval for interval in ranges)
     if origin is Literal:
-        return any(value == choice and type(value) is type(choice) for choice in get_args(annotation))
+        return any(
+            value == choice and type(value) is type(choice) for choice in get_args(annotation)
+        )
     if origin in (Union, types.UnionType):
         return any(_fits(value, option) for option in get_args(annotation))
     if origin is list or annotation is list:
@@ -145,7 +149,11 @@ def _fits(value: Any, annotation: Any) -> bool:
 
 
 def _spell(value: Any) -> str:
-    return {True: "true", False: "false", None: "null"}[value] if value is None or isinstance(value, bool) else str(value)
+    return (
+        {True: "true", False: "false", None: "null"}[value]
+        if value is None or isinstance(value, bool)
+        else str(value)
+    )
 
 
 # -- signatures from objects --------------------------------------------------------------------
@@ -221,14 +229,18 @@ def read_signature(target: str) -> Signature | None:
 
 
 def _dataclass_fields(node: ast.ClassDef) -> dict[str, Parameter] | None:
-    names = [ast.unparse(decorator).split("(")[0].split(".")[-1] for decorator in node.decorator_list]
+    names = [
+        ast.unparse(decorator).split("(")[0].split(".")[-1] for decorator in node.decorator_list
+    ]
     if "dataclass" not in names:
         return None
     fields = {}
     for item in node.body:
         if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
             default = _literal(item.value) if item.value is not None else MISSING
-            fields[item.target.id] = Parameter(item.target.id, _annotation(item.annotation), default)
+            fields[item.target.id] = Parameter(
+                item.target.id, _annotation(item.annotation), default
+            )
     return fields
 
 
@@ -262,7 +274,7 @@ _BASE |= {"dict": dict, "Any": Any, "None": type(None)}
 
 
 def _annotation(node: ast.expr | None) -> Any:
-    """An annotation's syntax tree to the type it names; ``Any`` where it is not in the vocabulary."""
+    """The type that an annotation names; ``Any`` where it is not in the vocabulary."""
     if node is None:
         return Any
     if isinstance(node, ast.Constant):
@@ -277,7 +289,7 @@ def _annotation(node: ast.expr | None) -> Any:
         return _BASE.get(name, named if get_origin(named) is Annotated else Any)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
         left, right = _annotation(node.left), _annotation(node.right)
-        return Any if Any in (left, right) else Union[left, right]
+        return Any if Any in (left, right) else left | right
     if isinstance(node, ast.Subscript):
         name = ast.unparse(node.value).split(".")[-1]
         items = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
@@ -288,11 +300,13 @@ def _annotation(node: ast.expr | None) -> Any:
         if name in ("list", "Sequence"):
             return list[_annotation(items[0])]
         if name == "tuple":
-            return tuple[tuple(Ellipsis if ast.unparse(i) == "..." else _annotation(i) for i in items)]
+            return tuple[
+                tuple(Ellipsis if ast.unparse(i) == "..." else _annotation(i) for i in items)
+            ]
         if name in ("dict", "Mapping"):
             return dict
         if name == "Optional":
-            return Union[_annotation(items[0]), None]
+            return _annotation(items[0]) | None
     return Any
 
 

@@ -1,0 +1,424 @@
+"""The one LightningModule: a training step of any method.
+
+Lightning brings devices, precision and process groups. What it would do at every step (move the
+batch, wrap the optimiser, log) costs more than a step of a small network, so the trainer is handed
+blocks of batches, sums stay on the device until they are read, and optimisation is manual.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from kdrun import distributed
+from kdrun.errors import UserError
+from kdrun.layers.taps import Taps
+from kdrun.method import Method
+from kdrun.outputs import Batch, ModelOutput, Progress
+from kdrun.tasks.task import Task
+
+STUDENT = "student"
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """How the trainable networks are optimised.
+
+    Attributes:
+        optimizer: parameters to an optimiser.
+        scheduler: optimiser to its schedule, stepped once per optimiser step.
+        accumulate: parts into which each batch is cut before one optimiser step.
+        clip_norm: largest norm of a network's gradient; None: not clipped.
+        ema_decay: decay per step of the averaged student that is evaluated; None: no average.
+    """
+
+    optimizer: Callable[[Sequence[nn.Parameter]], Optimizer]
+    scheduler: Callable[[Optimizer], LRScheduler]
+    accumulate: int = 1
+    clip_norm: float | None = None
+    ema_decay: float | None = None
+
+
+class Distiller(LightningModule):
+    """Trains a student, and whatever a method trains beside it.
+
+    Frozen networks are kept outside the module tree: they are in no optimiser, in no checkpoint and
+    in no process group, and ``train()`` does not reach them.
+
+    Args:
+        task: what the student must do.
+        method: the distillation method, already set up.
+        student: the network to train, already wrapped by the method.
+        teachers: further networks by role; trainable where the method says so, else frozen.
+        taps: taps placed in the networks, by role.
+        optimization: optimiser, schedule and the like.
+        epochs: length of training.
+        steps_per_epoch: batches in an epoch.
+    """
+
+    def __init__(
+        self,
+        *,
+        task: Task,
+        method: Method,
+        student: nn.Module,
+        teachers: Mapping[str, nn.Module],
+        taps: Mapping[str, Taps],
+        optimization: Optimization,
+        epochs: int,
+        steps_per_epoch: int,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.task = task
+        self.method = method
+        trained = {role: teachers[role] for role in method.trainable_roles}
+        self.networks = nn.ModuleDict({STUDENT: student, **trained})
+        self.frozen = {role: net for role, net in teachers.items() if role not in trained}
+        for network in self.frozen.values():
+            network.requires_grad_(False).eval()
+        self.optimization = optimization
+        self.epochs, self.steps_per_epoch = epochs, steps_per_epoch
+        self.average = None
+        if optimization.ema_decay is not None:
+            average = get_ema_multi_avg_fn(optimization.ema_decay)
+            self.average = AveragedModel(student, multi_avg_fn=average, use_buffers=True)
+            self.average.requires_grad_(False)
+        self._taps = dict(taps)
+        self.epoch = 0
+        self.position = 0
+        self.step_count = 0
+        self.sums = TermSums()
+        self.gradient_shares: dict[str, float] = {}
+        self.after_each_step: Callable[[], None] = lambda: None
+        self.global_batch: Callable[[int], int] | None = None
+        self.seconds_in_steps = 0.0
+
+    # -- networks ------------------------------------------------------------------------------
+
+    def network(self, role: str) -> nn.Module:
+        """The network that plays a role, trained or frozen."""
+        if role in self.networks:
+            return self.networks[role]
+        if role not in self.frozen:
+            known = ", ".join([*self.networks, *self.frozen])
+            raise KeyError(f"no network plays the role {role!r}; roles: {known}")
+        return self.frozen[role]
+
+    def roles(self) -> list[str]:
+        """The roles besides the student."""
+        return [role for role in (*self.networks, *self.frozen) if role != STUDENT]
+
+    def deployed(self, averaged: bool = True) -> nn.Module:
+        """The student as it is evaluated and shipped; the averaged one where there is one."""
+        if averaged and self.average is not None:
+            return self.method.deploy(self.average.module)
+        return self.method.deploy(self.networks[STUDENT])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Distiller:
+        # Frozen networks are not sub-modules, but follow the module to its device.
+        for network in self.frozen.values():
+            network._apply(fn)
+        return super()._apply(fn, recurse)
+
+    def forward(self, role: str, batch: Batch) -> ModelOutput:
+        """Run the network of ``role`` on a batch and its views; taps are read."""
+        network = self.network(role)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and role in self.networks):
+            views = {}
+            for name, inputs in batch.views.items():
+                if name in self.method.views:
+                    view = Batch(inputs, batch.target, batch.index, batch.mask)
+                    views[name] = self._forward_tapped(role, network, view)
+            output = self._forward_tapped(role, network, batch)
+            output.views.update(views)
+        return output
+
+    def _forward_tapped(self, role: str, network: nn.Module, batch: Batch) -> ModelOutput:
+        taps = self._taps.get(role)
+        if taps is None:
+            return self.task.forward(network, batch)
+        with taps:
+            output = self.task.forward(network, batch)
+        output.features.update(taps.collect())
+        return output
+
+    # -- optimisation --------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:
+        """One optimiser and schedule per trained role; the method's own parameters join the
+        student's."""
+        optimizers = []
+        for role, network in self.networks.items():
+            parameters = [p for p in network.parameters() if p.requires_grad]
+            if role == STUDENT:
+                parameters += [p for p in self.method.parameters() if p.requires_grad]
+            optimizers.append(self.optimization.optimizer(parameters))
+        return optimizers, [self.optimization.scheduler(optimizer) for optimizer in optimizers]
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, index: int) -> Any:
+        """Loaders already deliver on the device."""
+        return batch
+
+    def prepare_steps(self) -> None:
+        """Collect what the step needs once the optimisers exist, so that it looks nothing up."""
+        optimizers = self.optimizers(use_pl_optimizer=False)
+        self._optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
+        self._schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        self._parameters = [
+            [p for group in optimizer.param_groups for p in group["params"]]
+            for optimizer in self._optimizers
+        ]
+
+    def training_step(self, block: list[Batch], block_index: int) -> None:
+        """Take the optimiser steps of one block of batches."""
+        started = time.perf_counter()
+        for batch in block:
+            self._step(batch)
+        self.seconds_in_steps += time.perf_counter() - started
+
+    def progress(self) -> Progress:
+        """Where training stands."""
+        total = self.epochs * self.steps_per_epoch
+        return Progress(self.epoch, self.epochs, self.step_count, total)
+
+    def _step(self, batch: Batch) -> None:
+        progress = self.progress()
+        if self.method.irregular:
+            terms = self.method.step(StepEngine(self), self.method.augment(batch), progress)
+            self.sums.add(terms, {}, self.method.take_recorded())
+        else:
+            self._regular_step(batch, progress)
+        for scheduler in self._schedulers:
+            scheduler.step()
+        if self.average is not None:
+            self.average.update_parameters(self.networks[STUDENT])
+        self.method.after_step(progress)
+        self.step_count += 1
+        self.position += 1
+        self.after_each_step()
+
+    def _regular_step(self, batch: Batch, progress: Progress) -> None:
+        for part in self._parts(batch):
+            part = self.method.augment(part)
+            teachers = {role: self.forward(role, part) for role in self.roles()}
+            student = self.forward(STUDENT, part)
+            terms = self.method.losses(student, teachers, part, progress)
+            weights = self.method.weights(progress)
+            if self.step_count == 0 and not self.gradient_shares:
+                self.gradient_shares = self._measure_gradients(terms, weights)
+            share = self._share_of_step(part, batch)
+            loss = self.sums.add(terms, weights, self.method.take_recorded(), share)
+            self._backward(loss)
+        self._update(range(len(self._optimizers)))
+
+    def _update(self, which: Sequence[int]) -> None:
+        for number in which:
+            if self.optimization.clip_norm is not None:
+                nn.utils.clip_grad_norm_(self._parameters[number], self.optimization.clip_norm)
+            self._optimizers[number].step()
+            self._optimizers[number].zero_grad(set_to_none=True)
+
+    def _backward(self, loss: Tensor) -> None:
+        if distributed.world_size() > 1:
+            self.manual_backward(loss)
+        else:
+            loss.backward()
+
+    def _parts(self, batch: Batch) -> list[Batch]:
+        parts = self.optimization.accumulate
+        if parts == 1:
+            return [batch]
+        size = -(-len(batch) // parts)
+        return [batch.rows(slice(i, i + size)) for i in range(0, len(batch), size)]
+
+    def _share_of_step(self, part: Batch, batch: Batch) -> float:
+        """Weight of a part in the mean over the whole batch of all ranks."""
+        if self.optimization.accumulate == 1 and distributed.world_size() == 1:
+            return 1.0
+        samples = len(batch)
+        if distributed.world_size() > 1 and self.global_batch is not None:
+            samples = self.global_batch(self.position) / distributed.world_size()
+        return len(part) / samples
+
+    def _measure_gradients(
+        self, terms: Mapping[str, Tensor], weights: Mapping[str, float]
+    ) -> dict[str, float]:
+        """Share of each weighted term in the sum of their gradient norms at the student."""
+        parameters = [p for p in self.networks[STUDENT].parameters() if p.requires_grad]
+        norms = {}
+        for name, term in terms.items():
+            gradients: tuple[Tensor | None, ...] = (None,)
+            if term.requires_grad:
+                gradients = torch.autograd.grad(
+                    term, parameters, retain_graph=True, allow_unused=True
+                )
+            present = [g for g in gradients if g is not None]
+            norm = torch.stack([g.norm() for g in present]).norm() if present else torch.zeros(())
+            norms[name] = abs(weights.get(name, 1.0)) * float(norm)
+        total = sum(norms.values())
+        return {name: norm / total if total > 0 else 0.0 for name, norm in norms.items()}
+
+    # -- evaluation ----------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        """Start fresh metrics for the deployed student."""
+        self._validated = self.deployed()
+        self._was_training = self._validated.training
+        self._validated.eval()
+        self._metrics = self.task.metrics().to(self.device)
+
+    def validation_step(self, batch: Batch, batch_index: int) -> None:
+        """Judge one batch."""
+        output = self.task.forward(self._validated, batch)
+        self.task.update_metrics(self._metrics, output, batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Reduce the metrics over ranks and leave them in ``validation``."""
+        self.validation = self.task.compute(self._metrics)
+        self._validated.train(self._was_training)
+
+    # -- state ---------------------------------------------------------------------------------
+
+    def training_state(self) -> dict[str, Any]:
+        """Everything that continues this training exactly, as plain values and tensors."""
+        return {
+            "state_dict": self.trainer.strategy.lightning_module_state_dict(),
+            "optimizers": [self.trainer.strategy.optimizer_state(o) for o in self._optimizers],
+            "schedulers": [scheduler.state_dict() for scheduler in self._schedulers],
+            "epoch": self.epoch,
+            "position": self.position,
+            "step_count": self.step_count,
+            "sums": self.sums.state_dict(),
+            "gradient_shares": self.gradient_shares,
+            "seconds_in_steps": self.seconds_in_steps,
+        }
+
+    def load_training_state(self, state: Mapping[str, Any]) -> None:
+        """Continue where ``training_state`` was taken; call once the trainer is set up."""
+        self.trainer.strategy.load_model_state_dict(state, strict=True)
+        self.trainer.strategy.load_optimizer_state_dict({"optimizer_states": state["optimizers"]})
+        for scheduler, saved in zip(self._schedulers, state["schedulers"], strict=True):
+            scheduler.load_state_dict(saved)
+        self.epoch, self.position = state["epoch"], state["position"]
+        self.step_count = state["step_count"]
+        self.sums.load_state_dict(state["sums"], self.device)
+        self.gradient_shares = state["gradient_shares"]
+        self.seconds_in_steps = state["seconds_in_steps"]
+
+
+class StepEngine:
+    """What a method with an irregular step works with (``kdrun.method.Engine``)."""
+
+    def __init__(self, distiller: Distiller) -> None:
+        self._distiller = distiller
+
+    def forward(self, role: str, batch: Batch) -> ModelOutput:
+        """Run the network of ``role``; gradients flow if that role is trained."""
+        return self._distiller.forward(role, batch)
+
+    def optimize(self, loss: Tensor, *roles: str) -> None:
+        """Back-propagate ``loss`` and step the optimisers of ``roles`` from clean gradients."""
+        distiller = self._distiller
+        order = list(distiller.networks)
+        for role in roles:
+            if role not in order:
+                raise UserError(f"{role} is frozen: it has no optimiser")
+        distiller._backward(loss)
+        distiller._update([order.index(role) for role in roles])
+        # What the loss left in networks that were not asked for must not reach their next step.
+        for number, role in enumerate(order):
+            if role not in roles:
+                distiller._optimizers[number].zero_grad(set_to_none=True)
+
+
+class TermSums:
+    """Running sums of loss terms on the device; reading them is the only synchronisation."""
+
+    def __init__(self) -> None:
+        self.names: tuple[str, ...] = ()
+        self.count = 0.0
+        self._weights: tuple[float, ...] = ()
+        self._factors: Tensor | None = None
+        self._sums: Tensor | None = None
+        self._recorded: dict[str, Tensor] = {}
+
+    def add(
+        self,
+        terms: Mapping[str, Tensor],
+        weights: Mapping[str, float],
+        recorded: Mapping[str, Tensor],
+        share: float = 1.0,
+    ) -> Tensor:
+        """Add one step's terms; returns the weighted sum, with its graph, times ``share``."""
+        names = tuple(terms)
+        if names != self.names:
+            if self.names:
+                raise ValueError(f"loss terms changed from {self.names} to {names} within an epoch")
+            unknown = set(weights) - set(names)
+            if unknown:
+                raise ValueError(f"weights for terms that do not exist: {sorted(unknown)}")
+            self.names = names
+        values = torch.stack([term.float() for term in terms.values()])
+        factors = tuple(weights.get(name, 1.0) * share for name in names)
+        if factors != self._weights or self._factors is None:
+            self._weights = factors
+            self._factors = torch.tensor(factors, device=values.device)
+        weighted = values * self._factors
+        with torch.no_grad():
+            step = torch.stack((values.detach() * share, weighted.detach()))
+            self._sums = step if self._sums is None else self._sums.add_(step)
+            for name, value in recorded.items():
+                value = value * share
+                known = self._recorded.get(name)
+                self._recorded[name] = value if known is None else known + value
+        self.count += share
+        return weighted.sum()
+
+    def read(self) -> dict[str, float]:
+        """Means since the last reset: ``loss``, ``loss/<term>``, ``weighted/<term>`` and what the
+        method recorded. Synchronises with the device."""
+        if self._sums is None or not self.count:
+            return {}
+        sums, recorded, count = self._sums, self._recorded, self.count
+        if distributed.world_size() > 1:
+            parts = distributed.gather_objects((sums.cpu(), recorded, count))
+            sums = torch.stack([part[0] for part in parts]).sum(0)
+            recorded = {name: sum(part[1][name].cpu() for part in parts) for name in recorded}
+            count = sum(part[2] for part in parts)
+        plain, weighted = (sums / count).tolist()
+        means = {"loss": sum(weighted)}
+        means |= {f"loss/{name}": value for name, value in zip(self.names, plain, strict=True)}
+        means |= {
+            f"weighted/{name}": value for name, value in zip(self.names, weighted, strict=True)
+        }
+        means |= {name: float(value) / count for name, value in recorded.items()}
+        return means
+
+    def reset(self) -> None:
+        """Forget the sums."""
+        self.count, self._sums, self._recorded, self.names = 0.0, None, {}, ()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums as plain values and tensors."""
+        return {
+            "names": list(self.names),
+            "count": self.count,
+            "sums": self._sums,
+            "recorded": dict(self._recorded),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Continue from saved sums."""
+        self.names, self.count = tuple(state["names"]), state["count"]
+        self._sums = None if state["sums"] is None else state["sums"].to(device)
+        self._recorded = {name: value.to(device) for name, value in state["recorded"].items()}

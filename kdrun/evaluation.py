@@ -1,0 +1,110 @@
+"""Judging networks: the task's metrics, and how far each agrees with a reference network."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torchmetrics import MeanMetric
+
+from kdrun.data.loader import Loader
+from kdrun.outputs import Batch, ModelOutput
+
+if TYPE_CHECKING:
+    from kdrun.stages.stage import Context
+
+
+class Fidelity:
+    """Agreement of a network with a reference: ``kl`` in nats and top-1 ``agreement`` in percent.
+
+    ``kl`` is KL(reference || network) at temperature 1, mean over the positions that count.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._kl = MeanMetric().to(device)
+        self._agreement = MeanMetric().to(device)
+
+    def update(self, output: ModelOutput, reference: ModelOutput, batch: Batch) -> None:
+        """Add one batch; both outputs have logits ``(B, ..., C)``."""
+        log_p = reference.logits.float().log_softmax(-1)
+        log_q = output.logits.float().log_softmax(-1)
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+        same = (log_p.argmax(-1) == log_q.argmax(-1)).float()
+        weight = torch.ones_like(kl) if batch.mask is None else batch.mask.to(kl.dtype)
+        self._kl.update(kl, weight)
+        self._agreement.update(same, weight)
+
+    def compute(self) -> dict[str, float]:
+        """The two means."""
+        return {
+            "kl": float(self._kl.compute()),
+            "agreement": 100.0 * float(self._agreement.compute()),
+        }
+
+
+@torch.no_grad()
+def evaluate(
+    networks: Mapping[str, nn.Module],
+    context: Context,
+    split: Callable[..., Loader],
+    reference: str | None = None,
+) -> dict[str, dict[str, float]]:
+    """Run several networks over one split, in one pass over the data.
+
+    Every rank of a distributed run sees the whole split, so results need no reduction.
+
+    Args:
+        networks: networks by name; put into evaluation mode.
+        context: the run, for the task and the device.
+        split: ``context.data.validation`` or ``context.data.test``.
+        reference: name of the network that the others' fidelity is measured against.
+
+    Returns:
+        Metrics by network name: the task's, and ``kl`` and ``agreement`` where there is a reference.
+    """
+    device = evaluation_device(context.config["trainer"]["accelerator"])
+    batch_size = max(256, context.config["training"]["batch_size"])
+    metrics, fidelity = {}, {}
+    for name, network in networks.items():
+        network.to(device).eval()
+        metrics[name] = context.task.metrics().to(device)
+        for metric in metrics[name].values():
+            metric.distributed_available_fn = _alone
+        if reference is not None and name != reference:
+            fidelity[name] = Fidelity(device)
+    for number, batch in enumerate(split(batch_size=batch_size, device=device)):
+        if context.limit_batches is not None and number == context.limit_batches:
+            break
+        outputs = {name: context.task.forward(network, batch) for name, network in networks.items()}
+        for name, output in outputs.items():
+            context.task.update_metrics(metrics[name], output, batch)
+            if name in fidelity:
+                fidelity[name].update(output, outputs[reference], batch)
+    results = {}
+    for name, network in networks.items():
+        network.cpu()
+        results[name] = context.task.compute(metrics[name])
+        if name in fidelity:
+            results[name] |= fidelity[name].compute()
+    return results
+
+
+def evaluation_device(accelerator: str) -> torch.device:
+    """The device of the ``trainer.accelerator`` option in this process."""
+    if accelerator in ("gpu", "auto") and torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if accelerator in ("mps", "auto") and torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def parameter_count(network: nn.Module) -> int:
+    """Number of parameters, trained or not."""
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def _alone() -> bool:
+    return False

@@ -1,0 +1,322 @@
+"""Run one training to its end: the trainer, its checkpoints, and going on after an interruption."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import logging
+import random
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+
+from kdrun import distributed
+from kdrun.checkpoints import save_weights
+from kdrun.data.loader import Loader
+from kdrun.distiller import Distiller
+from kdrun.errors import UserError
+from kdrun.interruption import SignalWatch, Stopped
+from kdrun.logs import EpochRow, TrainingLog
+from kdrun.outputs import Batch
+from kdrun.store import atomic_file, write_atomically
+
+CHECKPOINT = "last.ckpt"
+BLOCK = 32
+"""Batches handed to the trainer at once; its own cost per hand-over is that of a small step."""
+SIGNAL_EXCHANGE = 16
+"""Steps between two exchanges of received signals among the ranks of a distributed run."""
+
+
+@dataclass
+class Outcome:
+    """What a finished training tells.
+
+    Attributes:
+        history: one row of metrics per epoch.
+        best_epoch: number (from 1) of the epoch with the best objective on validation.
+        seconds: wall time in all its sessions.
+        gradient_shares: each loss term's share of the gradient at the first step.
+    """
+
+    history: list[EpochRow] = field(default_factory=list)
+    best_epoch: int = 0
+    seconds: float = 0.0
+    gradient_shares: dict[str, float] = field(default_factory=dict)
+
+
+def fit(
+    distiller: Distiller,
+    train: Loader,
+    validation: Loader,
+    *,
+    trainer: Trainer,
+    directory: Path,
+    key: str,
+    log: TrainingLog,
+    watch: SignalWatch,
+    product: str = "network",
+    checkpoint_seconds: float = 600.0,
+    limit_batches: int | None = None,
+) -> Outcome:
+    """Train ``distiller``, or continue from ``directory/last.ckpt``.
+
+    Writes ``last.ckpt`` (after every epoch, every ``checkpoint_seconds`` and on a signal),
+    ``metrics.csv``, ``<product>.safetensors`` (the student as deployed, after the last epoch) and
+    ``<product>_best.safetensors`` (at the best validation objective).
+
+    Args:
+        distiller: networks and method, on the CPU.
+        train: training batches on the trainer's device.
+        validation: validation batches on the trainer's device.
+        trainer: see ``make_trainer``.
+        directory: where to write.
+        key: names what is trained; a checkpoint with another key is refused.
+        log: where epochs are reported.
+        watch: an asked-for stop is honoured between two steps.
+        product: what the weight files are called.
+        checkpoint_seconds: largest time between two checkpoints of a single-process run.
+        limit_batches: batches per epoch, for trials; None: all.
+
+    Raises:
+        Stopped: a signal came; the state is saved.
+        UserError: the checkpoint belongs to another configuration or cannot be read.
+    """
+    steps = len(train) if limit_batches is None else min(limit_batches, len(train))
+    saved = read_checkpoint(directory / CHECKPOINT, key)
+    best = directory / f"{product}_best.safetensors"
+    session = _Session(distiller, directory, best, key, log, watch, checkpoint_seconds, saved)
+    trainer.callbacks.append(session)
+    trainer.limit_val_batches = len(validation) if limit_batches is None else limit_batches
+    if saved is None or saved["epoch"] < distiller.epochs:
+        blocks = Blocks(train, distiller, steps)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*does not have many workers.*")
+            warnings.filterwarnings("ignore", ".*dataloader.*", UserWarning)
+            trainer.fit(distiller, blocks, validation)
+        distiller.cpu()
+    else:
+        distiller.load_state_dict(saved["state_dict"])
+    if distributed.rank() == 0:
+        save_weights(distiller.deployed(), directory / f"{product}.safetensors")
+    return session.outcome
+
+
+def make_trainer(
+    options: Mapping[str, Any], *, epochs: int, deterministic: bool | None = None
+) -> Trainer:
+    """A Lightning trainer that does nothing by itself but devices, precision and processes.
+
+    Args:
+        options: the ``trainer`` config group.
+        epochs: length of training.
+        deterministic: overrides the group's entry.
+    """
+    precision = {"32": "32-true", "bf16": "bf16-mixed", "64": "64-true"}[str(options["precision"])]
+    for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return Trainer(
+        accelerator=options["accelerator"],
+        devices=options["devices"],
+        num_nodes=options["num_nodes"],
+        strategy=options["strategy"],
+        precision=precision,
+        max_epochs=epochs,
+        deterministic=options["deterministic"] if deterministic is None else deterministic,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+    )
+
+
+class Blocks:
+    """The batches of each epoch in blocks, from wherever the distiller stands in that epoch.
+
+    The number of blocks is the same in every epoch: after a restart in mid-epoch the blocks that
+    were already trained on come out empty, so the trainer's own counts need no mending.
+    """
+
+    def __init__(self, loader: Loader, distiller: Distiller, steps: int) -> None:
+        self.loader, self.distiller, self.steps = loader, distiller, steps
+        # A distributed module must be entered once per backward pass.
+        self.size = BLOCK if distributed.world_size() == 1 else 1
+
+    def __len__(self) -> int:
+        return -(-self.steps // self.size)
+
+    def __iter__(self) -> Iterator[Iterator[Batch]]:
+        start = self.distiller.position
+        self.loader.set_epoch(self.distiller.epoch, start)
+        batches = iter(self.loader)
+        for first in range(0, self.steps, self.size):
+            end = min(first + self.size, self.steps)
+            yield itertools.islice(batches, max(0, end - max(first, start)))
+
+
+class _Session(Callback):
+    """One sitting of a training: restores, reports, saves, and stops when asked."""
+
+    def __init__(
+        self,
+        distiller: Distiller,
+        directory: Path,
+        best: Path,
+        key: str,
+        log: TrainingLog,
+        watch: SignalWatch,
+        checkpoint_seconds: float,
+        saved: dict[str, Any] | None,
+    ) -> None:
+        self.distiller, self.directory, self.best, self.key = distiller, directory, best, key
+        self.log, self.watch = log, watch
+        self.checkpoint_seconds = checkpoint_seconds
+        self.saved = saved
+        self.outcome = Outcome()
+        if saved is not None:
+            self.outcome = Outcome(**saved["outcome"])
+        distiller.after_each_step = self.after_step
+        self._began = self._last_save = time.monotonic()
+        self._seconds_before = self.outcome.seconds
+
+    def on_train_start(self, trainer: Trainer, module: Distiller) -> None:
+        """Restore, once the networks are on their device and the optimisers exist."""
+        module.prepare_steps()
+        if self.saved is not None:
+            module.load_training_state(self.saved)
+            _restore_generators(self.saved["generators"])
+            progress = trainer.fit_loop.epoch_progress.current
+            progress.ready = progress.started = module.epoch
+            progress.processed = progress.completed = module.epoch
+            self.log.say(
+                f"continuing at epoch {module.epoch + 1} of {module.epochs}, "
+                f"step {module.position} of {module.steps_per_epoch}"
+            )
+            self.saved = None
+
+    def on_train_epoch_start(self, trainer: Trainer, module: Distiller) -> None:
+        """Start the clock of the epoch."""
+        self._epoch_began, self._epoch_first = time.perf_counter(), module.position
+
+    def after_step(self) -> None:
+        """Show progress; save where it is time; honour a signal. Must cost next to nothing."""
+        module = self.distiller
+        self.log.step(module)
+        now = time.monotonic()
+        if distributed.world_size() > 1:
+            if module.step_count % SIGNAL_EXCHANGE == 0:
+                received = max(distributed.gather_objects(self.watch.received))
+                if received:
+                    self._stop(received)
+        elif self.watch.received:
+            self._stop(self.watch.received)
+        elif now - self._last_save > self.checkpoint_seconds:
+            self.save()
+
+    def on_train_epoch_end(self, trainer: Trainer, module: Distiller) -> None:
+        """Report the epoch, keep the best weights, save."""
+        row = self._row(trainer, module)
+        history = self.outcome.history
+        history.append(row)
+        objective = f"validation/{module.task.objective}"
+        sign = 1.0 if module.task.direction == "max" else -1.0
+        best = max(history, key=lambda other: sign * other[objective])
+        if best is row:
+            self.outcome.best_epoch = row["epoch"]
+            if distributed.rank() == 0:
+                save_weights(module.deployed(), self.best)
+        self.outcome.gradient_shares = module.gradient_shares
+        module.sums.reset()
+        module.epoch, module.position = module.epoch + 1, 0
+        module.seconds_in_steps = 0.0
+        self.save()
+        if distributed.rank() == 0:
+            write_atomically(self.directory / "metrics.csv", _as_csv(history))
+            self.log.epoch(row, module.epochs)
+        received = max(distributed.gather_objects(self.watch.received))
+        if received and module.epoch < module.epochs:
+            raise Stopped(received)
+
+    def _row(self, trainer: Trainer, module: Distiller) -> EpochRow:
+        seconds = time.perf_counter() - self._epoch_began
+        samples = (module.position - self._epoch_first) * self.log.batch_size
+        row: EpochRow = {"epoch": module.epoch + 1, "step": module.step_count}
+        row["learning_rate"] = module._optimizers[0].param_groups[0]["lr"]
+        row |= module.sums.read()
+        row |= {f"validation/{name}": value for name, value in module.validation.items()}
+        row["seconds"] = seconds
+        row["samples_per_second"] = samples / max(module.seconds_in_steps, 1e-9)
+        if torch.cuda.is_available():
+            row["memory_mib"] = torch.cuda.max_memory_allocated() / 2**20
+        return row
+
+    def save(self) -> None:
+        """Write ``last.ckpt``; every rank takes part."""
+        self.outcome.seconds = self._seconds_before + time.monotonic() - self._began
+        state = self.distiller.training_state() | {
+            "key": self.key,
+            "generators": distributed.gather_objects(_generator_states()),
+            "outcome": vars(self.outcome),
+        }
+        if distributed.rank() == 0:
+            with atomic_file(self.directory / CHECKPOINT) as file:
+                torch.save(state, file)
+        self._last_save = time.monotonic()
+
+    def _stop(self, received: int) -> None:
+        self.save()
+        raise Stopped(received)
+
+
+def read_checkpoint(path: Path, key: str) -> dict[str, Any] | None:
+    """A saved training state, or None where there is none.
+
+    Raises:
+        UserError: the file cannot be read, or belongs to another configuration.
+    """
+    if not path.exists():
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise UserError(
+            f"cannot read the checkpoint {path} ({reason}); remove it to start this training again"
+        ) from error
+    if state["key"] != key:
+        raise UserError(f"{path} belongs to another configuration; remove it to start again")
+    return state
+
+
+def _generator_states() -> dict[str, Any]:
+    version, words, gauss = random.getstate()
+    state = {"torch": torch.get_rng_state(), "python": [version, list(words), gauss]}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _restore_generators(states: list[dict[str, Any]]) -> None:
+    state = states[min(distributed.rank(), len(states) - 1)]
+    torch.set_rng_state(state["torch"])
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _as_csv(history: list[EpochRow]) -> str:
+    columns = list(dict.fromkeys(name for row in history for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="")
+    writer.writeheader()
+    writer.writerows(history)
+    return text.getvalue()

@@ -1,0 +1,165 @@
+"""What a user sees of a run while it goes on: lines, one refreshed progress line, and loggers."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TextIO
+
+from kdrun import distributed
+
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import Logger
+
+    from kdrun.distiller import Distiller
+
+EpochRow = dict[str, float]
+"""Metrics of one epoch by name: ``epoch``, ``learning_rate``, ``loss/...``, ``validation/...``."""
+
+Mode = Literal["auto", "line", "plain", "off"]
+REFRESH_SECONDS = 0.2
+
+
+class Console:
+    """Lines for the user, kept in the run's ``log.txt`` too; silent on all ranks but the first.
+
+    Args:
+        mode: ``line`` refreshes one progress line, ``plain`` writes no control characters, ``off``
+            prints nothing, ``auto`` is ``line`` on a terminal and ``plain`` elsewhere.
+        stream: where to print; standard output.
+    """
+
+    def __init__(self, mode: Mode = "auto", stream: TextIO | None = None) -> None:
+        self.stream = stream or sys.stdout
+        if mode == "auto":
+            mode = "line" if self.stream.isatty() else "plain"
+        self.mode = mode if distributed.rank() == 0 else "off"
+        self.file: Path | None = None
+        self._shown = 0
+
+    def say(self, text: str) -> None:
+        """Print a line, in place of the progress line if one is shown."""
+        self.clear()
+        if self.mode != "off":
+            print(text, file=self.stream, flush=True)
+        if self.file is not None and distributed.rank() == 0:
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(text + "\n")
+
+    def show(self, text: str) -> None:
+        """Show ``text`` as the refreshed progress line; terminals only."""
+        self.stream.write("\r" + text.ljust(self._shown))
+        self.stream.flush()
+        self._shown = len(text)
+
+    def clear(self) -> None:
+        """Take the progress line away."""
+        if self._shown:
+            self.stream.write("\r" + " " * self._shown + "\r")
+            self.stream.flush()
+            self._shown = 0
+
+
+class TrainingLog:
+    """Reports one training: a line per epoch, progress in between, and rows to external loggers.
+
+    Args:
+        console: where lines go.
+        name: what is trained (``teacher``, ``alone``, ``distil``), in front of each line and in
+            the names of logged metrics.
+        batch_size: samples per step over all ranks.
+        loggers: Lightning loggers that get each epoch's row.
+        objective: the validation metric to show.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        name: str,
+        batch_size: int,
+        loggers: Sequence[Logger] = (),
+        objective: str = "accuracy",
+    ) -> None:
+        self.console, self.name, self.batch_size = console, name, batch_size
+        self.loggers, self.objective = loggers, objective
+        self._next_refresh = 0.0
+        self._live = console.mode == "line"
+
+    def say(self, text: str) -> None:
+        """A line about this training."""
+        self.console.say(f"{self.name}: {text}")
+
+    def step(self, module: Distiller) -> None:
+        """Refresh the progress line at most every ``REFRESH_SECONDS``; terminals only."""
+        if not self._live:
+            return
+        now = time.monotonic()
+        if now < self._next_refresh:
+            return
+        self._next_refresh = now + REFRESH_SECONDS
+        means = module.sums.read() if distributed.world_size() == 1 else {}
+        seconds = module.seconds_in_steps / max(module.position, 1)
+        left = (module.epochs * module.steps_per_epoch - module.step_count) * seconds
+        self.console.show(
+            f"{self.name}  epoch {module.epoch + 1}/{module.epochs}  "
+            f"step {module.position}/{module.steps_per_epoch}  "
+            f"loss {means.get('loss', float('nan')):.4f}  {clock(left)} left"
+        )
+
+    def epoch(self, row: EpochRow, epochs: int) -> None:
+        """Report a finished epoch."""
+        terms = "  ".join(
+            f"{name.removeprefix('weighted/')} {value:.4f}"
+            for name, value in row.items()
+            if name.startswith("weighted/")
+        )
+        objective = row[f"validation/{self.objective}"]
+        self.console.say(
+            f"{self.name}  epoch {int(row['epoch'])}/{epochs}  loss {row['loss']:.4f}  ({terms})  "
+            f"val {self.objective} {objective:.2f}  {row['samples_per_second']:.0f}/s  "
+            f"{clock(row['seconds'] * (epochs - row['epoch']))} left"
+        )
+        for logger in self.loggers:
+            values = {f"{self.name}/{name}": value for name, value in row.items()}
+            logger.log_metrics(values, step=int(row["step"]))
+
+
+def clock(seconds: float) -> str:
+    """Seconds as ``42 s``, ``3:05`` or ``2:03:05``."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def make_loggers(options: Mapping[str, Any], directory: Path, name: str) -> list[Logger]:
+    """The external loggers of the ``logger`` config group; ``csv`` needs none.
+
+    Weights & Biases stays offline unless its ``mode`` says otherwise.
+
+    Args:
+        options: the config group.
+        directory: the run's directory; loggers write below it.
+        name: what to call the run.
+
+    Raises:
+        UserError: the logger's package is not installed.
+    """
+    from kdrun.build import instantiate
+
+    if distributed.rank() != 0 or "_target_" not in options:
+        return []
+    node = {key: value for key, value in options.items() if key != "name"}
+    return [instantiate(node, **_placement(options["name"], directory, name))]
+
+
+def _placement(logger: str, directory: Path, name: str) -> dict[str, Any]:
+    if logger == "wandb":
+        return {"save_dir": str(directory), "name": name}
+    if logger == "tensorboard":
+        return {"save_dir": str(directory / "tensorboard"), "name": "", "version": ""}
+    return {"run_name": name, "tracking_uri": (directory / "mlflow").as_uri()}

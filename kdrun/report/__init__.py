@@ -1,0 +1,1 @@
+"""Tables, statistics, curves and pages made of finished runs."""

@@ -1,0 +1,58 @@
+"""The closing table of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from kdrun.logs import clock
+
+COLUMNS = ("", "network", "parameters", "test", "ece", "agreement", "kl", "trained in")
+
+
+def summary_table(result: Mapping[str, Any]) -> str:
+    """Teacher, student alone and distilled, after the last and the best epoch, as aligned text.
+
+    Args:
+        result: the content of ``result.json``.
+    """
+    metric = result["metric"]
+    rows = [list(COLUMNS)]
+    rows[0][3] = f"test {metric}"
+    for role, entry in result["networks"].items():
+        training = entry.get("training", {})
+        seconds = training.get("seconds")
+        for label, key in (("", "test"), (" (last)", "test_last"), (" (best)", "test_best")):
+            if key not in entry:
+                continue
+            values = entry[key]
+            first = key != "test_best"
+            rows.append(
+                [
+                    role + label,
+                    entry["network"] if first else "",
+                    f"{entry['parameters']:,}" if first else "",
+                    _number(values.get(metric), 2),
+                    _number(values.get("ece"), 2),
+                    _number(values.get("agreement"), 2),
+                    _number(values.get("kl"), 4),
+                    clock(seconds) if seconds and first else "",
+                ]
+            )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    protocol = {
+        "holdout": "best = best epoch on the held-out validation split; test evaluated once",
+        "paper": "protocol=paper: best = best epoch on the test set, as many papers report it",
+    }[result["protocol"]]
+    return "\n".join(["", *lines, f"({protocol})"])
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"

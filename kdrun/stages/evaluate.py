@@ -1,0 +1,60 @@
+"""The last stage: the test set, once, for everything the run compares."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from kdrun.checkpoints import load_weights
+from kdrun.evaluation import evaluate, parameter_count
+from kdrun.stages.distil import assemble_run
+from kdrun.stages.stage import Context, Stage
+from kdrun.stages.train import initial_student
+from kdrun.store import read_json
+
+EPOCHS = {"last": "", "best": "_best"}
+"""Which epoch's weights, and what their file's name ends in."""
+
+
+class Evaluate(Stage):
+    """Evaluate teacher, student alone and distilled student (last, and best on validation)."""
+
+    def produce(self, context: Context, name: str, directory: Path) -> None:
+        """Fill ``context.result`` with the metrics of every network."""
+        assembly = assemble_run(context)
+        networks: dict[str, nn.Module] = dict(assembly.teachers)
+        for epoch, ending in EPOCHS.items():
+            if "alone" in context.artefacts:
+                network = initial_student(context)
+                load_weights(
+                    network, context.artefacts["alone"].path(f"network{ending}.safetensors")
+                )
+                networks[f"alone/{epoch}"] = network
+            deployed = copy.deepcopy(assembly.deployed())
+            load_weights(deployed, context.artefacts["distil"].path(f"student{ending}.safetensors"))
+            networks[f"distilled/{epoch}"] = deployed
+        reference = "teacher" if "teacher" in networks else None
+        metrics = evaluate(networks, context, context.data.test, reference)
+        result: dict[str, Any] = {}
+        for label, network in networks.items():
+            role, _, epoch = label.partition("/")
+            entry = result.setdefault(
+                role,
+                {
+                    "network": context.names.get(
+                        "teacher" if role == "teacher" else "student", role
+                    ),
+                    "parameters": parameter_count(network),
+                },
+            )
+            entry["test" if not epoch else f"test_{epoch}"] = metrics[label]
+        for role, stage in (("teacher", "teacher"), ("alone", "alone"), ("distilled", "distil")):
+            if role in result and stage in context.artefacts:
+                training = read_json(context.artefacts[stage].path("training.json"))
+                result[role]["training"] = training
+        context.result["networks"] = result
+        training = result["distilled"]["training"]
+        context.result["objective"] = training["validation"]["best"][context.task.objective]

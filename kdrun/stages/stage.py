@@ -1,0 +1,90 @@
+"""What a recipe is made of: stages that leave named artefacts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from kdrun.data.module import DataModule
+from kdrun.interruption import SignalWatch
+from kdrun.logs import Console
+from kdrun.store import Artefact, Store
+from kdrun.tasks.task import Task
+
+
+@dataclass
+class Context:
+    """What every stage of one run works with.
+
+    Attributes:
+        config: the resolved configuration.
+        names: the choice made in each config group (``{"student": "resnet18", ...}``).
+        data: the data set, prepared.
+        task: what the student must do.
+        store: artefacts shared between runs.
+        run_directory: what belongs to this run alone.
+        console: lines for the user.
+        watch: signals that ask for an early end.
+        artefacts: what the stages so far have left, by the stage's name.
+        result: what goes into ``result.json``.
+        limit_batches: batches per epoch in a trial; None: all.
+    """
+
+    config: dict[str, Any]
+    names: dict[str, str]
+    data: DataModule
+    task: Task
+    store: Store
+    run_directory: Path
+    console: Console
+    watch: SignalWatch
+    artefacts: dict[str, Artefact] = field(default_factory=dict)
+    result: dict[str, Any] = field(default_factory=dict)
+    limit_batches: int | None = None
+
+
+class Stage:
+    """One phase of a recipe.
+
+    A stage whose artefact depends on part of the configuration only is ``shared``: its product lies
+    in the store under a fingerprint of ``key`` and is made once for all runs that need it. The
+    product of any other stage lies in the run's directory.
+
+    Class attributes:
+        kind: folder of the store, and the word used in messages.
+        shared: whether the product lies in the store.
+    """
+
+    kind: ClassVar[str] = "artefact"
+    shared: ClassVar[bool] = False
+
+    def run(self, context: Context, name: str) -> None:
+        """Make the artefact, or find it, and leave it in ``context.artefacts[name]``."""
+        if not self.wanted(context):
+            return
+        key = self.key(context)
+
+        def produce(directory: Path) -> None:
+            self.produce(context, name, directory)
+
+        if self.shared:
+            artefact, found = context.store.obtain(self.kind, key, produce)
+            if found:
+                context.console.say(f"{name}: found in the store ({artefact.name})")
+        else:
+            produce(context.run_directory)
+            artefact = Artefact(context.run_directory, key)
+        context.artefacts[name] = artefact
+
+    def wanted(self, context: Context) -> bool:
+        """Whether this run needs the stage at all."""
+        return True
+
+    def key(self, context: Context) -> dict[str, Any]:
+        """Everything that the artefact depends on, as plain values."""
+        return {}
+
+    def produce(self, context: Context, name: str, directory: Path) -> None:
+        """Write the artefact's files into ``directory``, which may hold an interrupted attempt."""
+        raise NotImplementedError

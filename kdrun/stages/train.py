@@ -1,0 +1,160 @@
+"""Stages that train a network on labels alone: the teacher, and the student for reference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from kdrun import distributed
+from kdrun.assembly import assemble, build_network, load_init, make_method
+from kdrun.checkpoints import load_weights, save_weights
+from kdrun.errors import UserError
+from kdrun.method import Method
+from kdrun.outputs import Batch, ModelOutput, Progress
+from kdrun.stages.stage import Context, Stage
+from kdrun.stages.training import architecture, train, training_key
+from kdrun.store import file_sha256, write_json
+
+WEIGHTS = {"last": "network.safetensors", "best": "network_best.safetensors"}
+"""Files of a trained network: after the last epoch, and at the best validation result."""
+
+
+class Supervised(Method):
+    """No distillation: the task's own loss."""
+
+    def roles(self) -> Mapping[str, str]:
+        """No network but the student."""
+        return {}
+
+    def losses(
+        self,
+        student: ModelOutput,
+        teachers: Mapping[str, ModelOutput],
+        batch: Batch,
+        progress: Progress,
+    ) -> dict[str, Tensor]:
+        """The supervised loss as the only term."""
+        return {"supervised": self.supervised_loss(student, batch)}
+
+
+class TrainTeacher(Stage):
+    """The teacher's weights: trained here, or taken from a checkpoint or a library.
+
+    ``teacher.checkpoint`` and ``teacher.pretrained`` give finished weights, which are only checked
+    and copied into the store; with ``teacher.finetune`` they are where training starts.
+    """
+
+    kind: ClassVar[str] = "network"
+    shared: ClassVar[bool] = True
+
+    def wanted(self, context: Context) -> bool:
+        """Only where the method learns from a frozen teacher."""
+        method = make_method(context.config["method"])
+        frozen = set(method.roles()) - set(method.trainable_roles)
+        return "teacher" in {method.roles()[role] for role in frozen}
+
+    def key(self, context: Context) -> dict[str, Any]:
+        """Architecture, origin of the weights and, if it is trained, everything that matters."""
+        node = context.config["teacher"]
+        key: dict[str, Any] = {"network": architecture(node)}
+        if node["checkpoint"]:
+            key["start"] = file_sha256(existing_file(node["checkpoint"], "teacher.checkpoint"))
+        if is_trained_here(node):
+            key |= training_key(context, "teacher") | {"seed": node["seed"]}
+        else:
+            # Only the number of classes decides what such a network looks like.
+            key["classes"] = context.data.num_classes
+        return key
+
+    def produce(self, context: Context, name: str, directory: Path) -> None:
+        """Train, or copy, the teacher."""
+        node = context.config["teacher"]
+        network = build_network(node, context.data, node["seed"])
+        if node["checkpoint"]:
+            load_weights(network, node["checkpoint"])
+        if is_trained_here(node):
+            train_alone(
+                context, network, name, "teacher", node["seed"], self.key(context), directory
+            )
+        elif distributed.rank() == 0:
+            save_weights(network, directory / "network.safetensors")
+            save_weights(network, directory / "network_best.safetensors")
+            write_json(directory / "training.json", {"epochs": 0, "seconds": 0.0})
+
+
+class TrainAlone(Stage):
+    """The student trained on labels alone, from the same initial weights: the reference."""
+
+    kind: ClassVar[str] = "network"
+    shared: ClassVar[bool] = True
+
+    def key(self, context: Context) -> dict[str, Any]:
+        """Architecture, initial weights, seed and everything that matters to training."""
+        node = context.config["student"]
+        key = {"network": architecture(node)} | training_key(context, "student")
+        if node["init_from"]:
+            key["start"] = file_sha256(existing_file(node["init_from"], "student.init_from"))
+        return key | {"seed": context.config["seed"]}
+
+    def produce(self, context: Context, name: str, directory: Path) -> None:
+        """Train the student alone."""
+        seed = context.config["seed"]
+        network = initial_student(context, report=True)
+        train_alone(context, network, name, "student", seed, self.key(context), directory)
+
+
+def is_trained_here(node: Mapping[str, Any]) -> bool:
+    """Whether a teacher's weights come out of a training of this experiment."""
+    given = node["checkpoint"] or node.get("pretrained")
+    return bool(node.get("finetune")) or not given
+
+
+def initial_student(context: Context, report: bool = False) -> nn.Module:
+    """The student before any training, from ``student.init_from`` where that is given."""
+    node = context.config["student"]
+    network = build_network(node, context.data, context.config["seed"])
+    if node["init_from"]:
+        told = load_init(network, str(existing_file(node["init_from"], "student.init_from")))
+        if report:
+            context.console.say(f"student.init_from: {told}")
+    return network
+
+
+def existing_file(path: str, option: str) -> Path:
+    """The file that an option names.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UserError(f"{option}={path}: no such file")
+    return file
+
+
+def train_alone(
+    context: Context,
+    network: nn.Module,
+    name: str,
+    role: str,
+    seed: int,
+    key: Mapping[str, Any],
+    directory: Path,
+) -> None:
+    """Train a network with the supervised loss into ``directory``."""
+    assembly = assemble(Supervised(), network, {}, task=context.task, data=context.data, seed=seed)
+    train(context, assembly, name=name, role=role, seed=seed, key=key, directory=directory)
+
+
+def load_network(context: Context, source: str) -> nn.Module:
+    """A finished network, from the artefact of the stage named like its config entry."""
+    node = dict(context.config[source])
+    if "pretrained" in node:
+        # The stage has kept the weights; the library's own need not be fetched again.
+        node["pretrained"] = False
+    network = build_network(node, context.data, node.get("seed", 0))
+    load_weights(network, context.artefacts[source].path(WEIGHTS[node["weights"]]))
+    return network.eval()

@@ -1,0 +1,161 @@
+"""What all training stages share: settings, keys, and one call that trains an assembly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdrun import distributed
+from kdrun.assembly import Assembly
+from kdrun.distiller import Distiller, Optimization
+from kdrun.fit import Outcome, fit, make_trainer
+from kdrun.interruption import Stopped
+from kdrun.logs import TrainingLog, make_loggers
+from kdrun.optimization import make_optimizer, make_scheduler
+from kdrun.stages.stage import Context
+from kdrun.store import fingerprint, write_json
+
+FORMAT = 1
+"""Raised when a change of the code makes stored networks incomparable with new ones."""
+
+ROLE_KEYS = ("checkpoint", "init_from", "mode", "seed", "weights", "allow_chance", "finetune")
+"""Entries of a network's config node that say what it is for, not what it is."""
+
+
+def architecture(node: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a network's config node that determines its architecture."""
+    return {key: value for key, value in node.items() if key not in ROLE_KEYS}
+
+
+def training_settings(context: Context, role: str) -> dict[str, Any]:
+    """The ``training`` group as it holds for a role; ``training.teacher`` overrides it."""
+    settings = dict(context.config["training"])
+    overrides = settings.pop("teacher", None) or {}
+    if role == "teacher":
+        settings |= {key: value for key, value in overrides.items() if value is not None}
+    return settings
+
+
+def training_key(context: Context, role: str) -> dict[str, Any]:
+    """What any training depends on besides its networks and method."""
+    trainer = context.config["trainer"]
+    numerics = ("precision", "accumulate", "compile")
+    return {
+        "format": FORMAT,
+        "data": context.data.fingerprint,
+        "task": context.config["task"],
+        "protocol": context.config["protocol"],
+        "training": training_settings(context, role),
+        "numerics": {name: trainer[name] for name in numerics},
+        "limit_batches": context.limit_batches,
+    }
+
+
+def train(
+    context: Context,
+    assembly: Assembly,
+    *,
+    name: str,
+    role: str,
+    seed: int,
+    key: Mapping[str, Any],
+    directory: Path,
+    product: str = "network",
+) -> Outcome:
+    """Train an assembly into ``directory`` (see ``kdrun.fit.fit`` for the files).
+
+    Args:
+        context: the run.
+        assembly: method and networks.
+        name: the stage, for messages and logs.
+        role: whose training settings hold.
+        seed: of data order, augmentation and dropout.
+        key: names what is trained.
+        directory: where to write.
+        product: what the weight files are called.
+    """
+    settings = training_settings(context, role)
+    options = context.config["trainer"]
+    epochs, batch_size = settings["epochs"], settings["batch_size"]
+    trainer = make_trainer(options, epochs=epochs)
+    device = trainer.strategy.root_device
+    rank, world_size = distributed.rank(), distributed.world_size()
+    place = {"device": device, "rank": rank, "world_size": world_size}
+    loader = context.data.train(
+        batch_size=batch_size, seed=seed, views=assembly.method.views, **place
+    )
+    validation = context.data.validation(batch_size=max(batch_size, 256), **place)
+    steps = len(loader) if context.limit_batches is None else context.limit_batches
+    distiller = Distiller(
+        task=context.task,
+        method=assembly.method,
+        student=assembly.student,
+        teachers=assembly.teachers,
+        taps=assembly.taps,
+        optimization=Optimization(
+            optimizer=lambda parameters: make_optimizer(settings["optimizer"], parameters),
+            scheduler=lambda optimizer: make_scheduler(
+                settings["scheduler"], optimizer, epochs, steps
+            ),
+            accumulate=options["accumulate"],
+            clip_norm=settings["clip_norm"],
+            ema_decay=settings["ema"],
+        ),
+        epochs=epochs,
+        steps_per_epoch=steps,
+    )
+    size = context.data.train_size
+    distiller.global_batch = lambda position: min(batch_size, size - position * batch_size)
+    if options["compile"]:
+        for network in (*distiller.networks.values(), *distiller.frozen.values()):
+            network.compile()
+    assembly.method.prepare(distiller.frozen, loader)
+    loggers = make_loggers(context.config["logger"], context.run_directory, name)
+    log = TrainingLog(context.console, name, batch_size, loggers, context.task.objective)
+    # Dropout and the like draw from the global generator: the same for the same seed, whichever
+    # stages ran, or were found in the store, before.
+    torch.manual_seed(seed)
+    try:
+        outcome = fit(
+            distiller,
+            loader,
+            validation,
+            trainer=trainer,
+            directory=directory,
+            key=fingerprint(key),
+            log=log,
+            watch=context.watch,
+            product=product,
+            limit_batches=context.limit_batches,
+        )
+    except Stopped:
+        for logger in loggers:
+            logger.finalize("aborted")
+        raise
+    for logger in loggers:
+        logger.finalize("success")
+    if distributed.rank() == 0:
+        write_json(directory / "training.json", summary(context, outcome))
+    distributed.barrier()
+    return outcome
+
+
+def summary(context: Context, outcome: Outcome) -> dict[str, Any]:
+    """The facts of a training that later stages and reports read."""
+    prefix = "validation/"
+
+    def validation(row: Mapping[str, float]) -> dict[str, float]:
+        return {k.removeprefix(prefix): v for k, v in row.items() if k.startswith(prefix)}
+
+    best = outcome.history[outcome.best_epoch - 1]
+    return {
+        "epochs": len(outcome.history),
+        "best_epoch": outcome.best_epoch,
+        "seconds": outcome.seconds,
+        "samples_per_second": outcome.history[-1]["samples_per_second"],
+        "validation": {"last": validation(outcome.history[-1]), "best": validation(best)},
+        "gradient_shares": outcome.gradient_shares,
+    }

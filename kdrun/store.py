@@ -1,0 +1,216 @@
+"""Artefacts on disk: named by what they depend on, made once, shared by every run that needs them.
+
+Layout of one artefact::
+
+    <root>/<kind>/<fingerprint>/            what the producer wrote
+    <root>/<kind>/<fingerprint>/artefact.json    written last: the artefact is complete
+    <root>/<kind>/<fingerprint>.lock        held by the process that makes it
+
+The lock belongs to the operating system and dies with its process, so a killed run never blocks the
+next one, which continues from whatever state the producer left in the directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from filelock import FileLock, Timeout
+
+from kdrun import distributed
+from kdrun.errors import UserError
+
+MARKER = "artefact.json"
+
+
+def fingerprint(key: Mapping[str, Any], length: int = 16) -> str:
+    """Hexadecimal name of a nested mapping of plain values, whatever the order of its keys."""
+    text = json.dumps(key, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes the place of ``path`` only when all of it is on the disk.
+
+    Readers see the old file or the new one, whole. When writing fails (a full disk), the old one
+    stays and the failure is a ``UserError``.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, data: bytes | str) -> None:
+    """Replace ``path`` by ``data`` in one step (``atomic_file``)."""
+    with atomic_file(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON document atomically, indented for people."""
+    write_atomically(path, json.dumps(value, indent=2, default=str) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON document; a damaged one is a ``UserError`` that names the file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged ({error}); remove it and run again") from error
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A finished product of a stage."""
+
+    directory: Path
+    key: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Kind and fingerprint: ``teacher/0123456789abcdef``."""
+        return f"{self.directory.parent.name}/{self.directory.name}"
+
+    def path(self, name: str) -> Path:
+        """A file of the artefact."""
+        return self.directory / name
+
+
+class Store:
+    """The artefacts below one directory.
+
+    Args:
+        root: where they live; made on first use.
+        say: called with a line for the user (``waiting for ...``).
+    """
+
+    def __init__(self, root: Path, say: Callable[[str], None] = print) -> None:
+        self.root = root
+        self.say = say
+
+    def obtain(
+        self,
+        kind: str,
+        key: Mapping[str, Any],
+        produce: Callable[[Path], None],
+    ) -> tuple[Artefact, bool]:
+        """The artefact named by ``key``: an existing one, or what ``produce(directory)`` makes.
+
+        Where several processes want the same one, one makes it and the others wait. All ranks of a
+        distributed run take the same branch; only rank 0 locks and commits.
+
+        Returns:
+            The artefact, and whether it was there already.
+        """
+        directory = self.root / kind / fingerprint(key)
+        return make_once(directory, key, produce, self.say, what=kind)
+
+
+def make_once(
+    directory: Path,
+    key: Mapping[str, Any],
+    produce: Callable[[Path], None],
+    say: Callable[[str], None] = print,
+    what: str = "run",
+    afresh: bool = False,
+) -> tuple[Artefact, bool]:
+    """Fill ``directory`` by ``produce`` under a lock unless it is complete; see ``Store.obtain``.
+
+    Args:
+        directory: the artefact's directory.
+        key: what the artefact depends on; kept in its marker.
+        produce: writes the files; finds an interrupted attempt's files in place.
+        say: called with a line for the user.
+        what: what to call the artefact in messages.
+        afresh: throw away what is there, finished or not.
+    """
+    artefact = Artefact(directory, dict(key))
+    main = distributed.rank() == 0
+    lock = _acquire(directory, what, say) if main else None
+    try:
+        if main and afresh and directory.exists():
+            shutil.rmtree(directory)
+        if distributed.broadcast(main and is_complete(directory)):
+            return artefact, True
+        if main:
+            _make_directory(directory)
+        distributed.barrier()
+        produce(directory)
+        if main:
+            commit(directory, key)
+        distributed.barrier()
+        return artefact, False
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def is_complete(directory: Path) -> bool:
+    """Whether the artefact was finished and its files still have the sizes they were given."""
+    marker = directory / MARKER
+    if not marker.is_file():
+        return False
+    for name, facts in read_json(marker)["files"].items():
+        path = directory / name
+        if not path.is_file() or path.stat().st_size != facts["bytes"]:
+            raise UserError(
+                f"{path} is missing or not what was written; remove {directory} to make it again"
+            )
+    return True
+
+
+def commit(directory: Path, key: Mapping[str, Any]) -> None:
+    """Mark the artefact complete, with the size and checksum of each of its files."""
+    files = {
+        str(path.relative_to(directory)): {
+            "bytes": path.stat().st_size,
+            "sha256": file_sha256(path),
+        }
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name not in (MARKER, "log.txt") and not path.name.startswith(".")
+    }
+    write_json(directory / MARKER, {"key": dict(key), "finished": time.time(), "files": files})
+
+
+def _acquire(directory: Path, what: str, say: Callable[[str], None]) -> FileLock:
+    _make_directory(directory.parent)
+    lock = FileLock(directory.with_name(f".{directory.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(f"waiting for another process that works on this {what} ({directory})")
+        lock.acquire()
+    except OSError as error:
+        raise UserError(f"cannot lock {directory}: {error.strerror or error}") from error
+    return lock
+
+
+def _make_directory(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {directory}: {error.strerror or error}") from error

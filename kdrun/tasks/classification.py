@@ -1,0 +1,85 @@
+"""Classification: one label per sample."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
+
+from kdrun.outputs import Batch, ModelOutput
+from kdrun.parameters import PositiveInt, ProperFraction
+from kdrun.tasks.task import Task
+
+
+class Classification(Task):
+    """Top-1 (and top-5 from ten classes on) accuracy, cross-entropy and calibration.
+
+    Args:
+        num_classes: number of classes, from the data set.
+        label_smoothing: mass of the target that is spread over all classes.
+        calibration_bins: equal-width confidence bins of the expected calibration error.
+    """
+
+    name: ClassVar[str] = "classification"
+    objective: ClassVar[str] = "accuracy"
+    direction: ClassVar[Literal["max", "min"]] = "max"
+
+    def __init__(
+        self,
+        *,
+        num_classes: PositiveInt,
+        label_smoothing: ProperFraction = 0.0,
+        calibration_bins: PositiveInt = 15,
+    ) -> None:
+        self.num_classes = num_classes
+        self.label_smoothing = label_smoothing
+        self.calibration_bins = calibration_bins
+
+    def forward(self, network: nn.Module, batch: Batch) -> ModelOutput:
+        """Logits ``(B, C)``; networks that return an object with ``logits`` are unpacked."""
+        output = network(batch.inputs)
+        if isinstance(output, ModelOutput):
+            return output
+        return ModelOutput(output if isinstance(output, Tensor) else output.logits)
+
+    def supervised_loss(self, output: ModelOutput, batch: Batch) -> Tensor:
+        """Cross-entropy in fp32, mean over samples; targets are ids ``(B,)`` or soft ``(B, C)``."""
+        return functional.cross_entropy(
+            output.logits.float(), batch.target, label_smoothing=self.label_smoothing
+        )
+
+    def metrics(self) -> MetricCollection:
+        """``accuracy`` and ``accuracy_top5`` in percent, ``loss`` in nats, ``ece`` in percent."""
+        metrics = {
+            "accuracy": MulticlassAccuracy(self.num_classes, average="micro"),
+            "loss": MeanMetric(),
+            "ece": MulticlassCalibrationError(self.num_classes, n_bins=self.calibration_bins),
+        }
+        if self.num_classes >= 10:
+            metrics["accuracy_top5"] = MulticlassAccuracy(
+                self.num_classes, top_k=5, average="micro"
+            )
+        return MetricCollection(metrics, compute_groups=False)
+
+    def update_metrics(self, metrics: MetricCollection, output: ModelOutput, batch: Batch) -> None:
+        """Add one evaluated batch; targets are class ids ``(B,)``."""
+        logits = output.logits.float()
+        losses = functional.cross_entropy(logits, batch.target, reduction="none")
+        metrics["loss"].update(losses)
+        metrics["accuracy"].update(logits, batch.target)
+        metrics["ece"].update(torch.softmax(logits, dim=-1), batch.target)
+        if "accuracy_top5" in metrics:
+            metrics["accuracy_top5"].update(logits, batch.target)
+
+    def compute(self, metrics: MetricCollection) -> dict[str, float]:
+        """The values of the metrics, rates in percent."""
+        values = {name: float(value) for name, value in metrics.compute().items()}
+        return {name: v if name == "loss" else 100.0 * v for name, v in values.items()}
+
+    def chance(self) -> tuple[float, float] | None:
+        """Guessing: 100 / C percent, and half of that again as the margin."""
+        return 100.0 / self.num_classes, 50.0 / self.num_classes
