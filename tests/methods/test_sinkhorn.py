@@ -1,0 +1,234 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from kdrun.methods.sinkhorn import PRESETS, Sinkhorn, samplewise_distance, transport
+from kdrun.outputs import Batch, ModelOutput, Progress
+from tests.methods.training import agreement, train
+
+NOW = Progress(0, 1, 0, 1)
+CONSTANTS = {"temperature": 2.0, "epsilon": 0.1, "iterations": 20}
+STUDENT = torch.tensor([[1.0, 0.0, -1.0], [0.0, 2.0, 0.0]])
+TEACHER = torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 1.0]])
+
+
+def raw_cost(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    plan, cost = transport(student, teacher, **CONSTANTS)
+    return (plan * cost).sum()
+
+
+def random_logits(samples: int = 6, classes: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, samples, classes, dtype=torch.float64, generator=generator).unbind()
+
+
+def terms(method: Sinkhorn, student: torch.Tensor, teacher: torch.Tensor, progress=NOW):
+    batch = Batch(student, torch.zeros(len(student), dtype=torch.long), torch.arange(len(student)))
+    teachers = {"teacher": ModelOutput(teacher)}
+    return method.losses(ModelOutput(student), teachers, batch, progress)
+
+
+# -- the worked example: two samples, three classes ----------------------------------------------
+
+
+def test_cost_plan_and_loss_by_hand() -> None:
+    plan, cost = transport(STUDENT, TEACHER, **CONSTANTS)
+    expected_cost = torch.tensor([[0.190509, 0.547568], [0.728351, 0.384930]])
+    torch.testing.assert_close(cost, expected_cost, atol=1e-6, rtol=0)
+    expected_plan = torch.tensor([[0.970571, 0.029060], [0.029429, 0.970940]])
+    torch.testing.assert_close(plan, expected_plan, atol=1e-6, rtol=0)
+    assert raw_cost(STUDENT, TEACHER).item() == pytest.approx(0.595994, abs=1e-6)
+
+
+def test_gradient_by_hand() -> None:
+    method = Sinkhorn(preset="glue")
+    student = STUDENT.clone().requires_grad_()
+    weights = method.weights(NOW)
+    # Without beta: the worked example has the release's scale alone.
+    loss = weights["sinkhorn"] / 0.8 * terms(method, student, TEACHER)["sinkhorn"]
+    loss.backward()
+    assert loss.item() == pytest.approx(5.95994e-4, abs=1e-9)
+    expected = 1e-4 * torch.tensor([[-1.81788, 2.36601, -0.54813], [-1.20472, 2.48853, -1.28381]])
+    torch.testing.assert_close(student.grad, expected, atol=1e-9, rtol=0)
+
+
+def test_a_detached_plan_would_give_another_gradient() -> None:
+    student = STUDENT.clone().requires_grad_()
+    plan, cost = transport(student, TEACHER, **CONSTANTS)
+    (1e-3 * (plan.detach() * cost).sum()).backward()
+    detached = 1e-4 * torch.tensor([[-1.43746, 2.02042, -0.58296], [-1.22809, 2.42500, -1.19691]])
+    torch.testing.assert_close(student.grad, detached, atol=1e-9, rtol=0)
+
+
+def test_distillation_term_by_hand() -> None:
+    method = Sinkhorn(preset="glue")
+    assert terms(method, STUDENT, TEACHER)["kd"].item() == pytest.approx(1.082988, abs=1e-6)
+    squared = Sinkhorn(preset="glue", t_squared=True)
+    assert terms(squared, STUDENT, TEACHER)["kd"].item() == pytest.approx(4 * 1.082988, abs=4e-6)
+
+
+def test_agreement_of_both_is_not_zero() -> None:
+    assert raw_cost(STUDENT, STUDENT).item() == pytest.approx(0.003248, abs=1e-6)
+
+
+def test_identical_rows_cost_nothing() -> None:
+    rows = STUDENT[:1].expand(4, 3)
+    assert raw_cost(rows, rows).item() == 0
+
+
+def test_one_sample_is_its_l1_distance() -> None:
+    assert raw_cost(STUDENT[:1], TEACHER[:1]).item() == pytest.approx(0.190509, abs=1e-6)
+
+
+# -- properties ---------------------------------------------------------------------------------
+
+
+def test_the_batch_is_an_unordered_cloud() -> None:
+    assert raw_cost(STUDENT, TEACHER.flip(0)).item() == pytest.approx(0.595994, abs=1e-6)
+    student, teacher = random_logits()
+    orders = [torch.randperm(6, generator=torch.Generator().manual_seed(i)) for i in (1, 2)]
+    torch.testing.assert_close(
+        raw_cost(student[orders[0]], teacher[orders[1]]), raw_cost(student, teacher)
+    )
+
+
+def test_duplicated_samples_double_the_sum_and_keep_the_mean() -> None:
+    student, teacher = random_logits()
+    twice = torch.cat([student, student]), torch.cat([teacher, teacher])
+    for reduction, factor in (("sum", 2), ("mean", 1)):
+        method = Sinkhorn(reduction=reduction)
+        torch.testing.assert_close(
+            terms(method, *twice)["sinkhorn"], factor * terms(method, student, teacher)["sinkhorn"]
+        )
+
+
+def test_a_constant_added_to_a_row_changes_nothing() -> None:
+    student, teacher = random_logits()
+    student.requires_grad_()
+    cost = raw_cost(student, teacher)
+    cost.backward()
+    torch.testing.assert_close(student.grad.sum(1), torch.zeros(6, dtype=torch.float64))
+    shifted = student + torch.arange(6, dtype=torch.float64)[:, None]
+    torch.testing.assert_close(raw_cost(shifted, teacher), cost)
+
+
+def test_cost_per_sample_is_at_most_two() -> None:
+    student, teacher = torch.tensor([[90.0, 0.0, 0.0]] * 4), torch.tensor([[0.0, 90.0, 0.0]] * 4)
+    assert raw_cost(student, teacher).item() / 4 == pytest.approx(2)
+
+
+def test_gradient_by_finite_differences() -> None:
+    student, teacher = random_logits(3, 4)
+    assert torch.autograd.gradcheck(lambda s: raw_cost(s, teacher), student.requires_grad_())
+
+
+def test_half_precision_logits_give_a_finite_gradient() -> None:
+    student = (20 * torch.randn(8, 5)).half().requires_grad_()
+    raw_cost(student, (20 * torch.randn(8, 5)).half()).backward()
+    assert torch.isfinite(student.grad).all()
+
+
+def test_samplewise_is_the_l1_distance_of_each_pair() -> None:
+    student, teacher = random_logits()
+    each = samplewise_distance(student, teacher, temperature=1.0)
+    expected = (student.softmax(1) - teacher.softmax(1)).abs().sum(1)
+    torch.testing.assert_close(each, expected)
+    method = Sinkhorn(preset="glue", variant="samplewise")
+    torch.testing.assert_close(terms(method, student, teacher)["sinkhorn"], expected.sum())
+
+
+# -- options ------------------------------------------------------------------------------------
+
+
+def test_annealing_is_linear_over_the_epochs() -> None:
+    method = Sinkhorn(kd_form="kd_anneal", temperature=4.0)
+    assert [method.temperature(Progress(e, 3, 0, 1)) for e in range(3)] == [4, 2.5, 1]
+    assert method.temperature(Progress(0, 1, 0, 1)) == 4
+    assert Sinkhorn(temperature=4.0).temperature(Progress(2, 3, 0, 1)) == 4
+
+
+def test_presets_keep_the_released_constants() -> None:
+    assert Sinkhorn(preset="glue").weights(NOW) == pytest.approx(
+        {"supervised": 0.1, "kd": 0.9, "sinkhorn": 0.8e-3}
+    )
+    assert Sinkhorn(preset="vision").weights(NOW) == pytest.approx(
+        {"supervised": 0.1, "kd": 0.9, "sinkhorn": 1.0}
+    )
+    released = Sinkhorn(preset="glue").constants
+    assert (released.reduction, released.t_squared) == ("sum", False)
+    assert (released.sinkhorn_temperature, released.epsilon, released.iterations) == (2, 0.1, 20)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"alpha": 0.0},
+        {"kd_form": "kd_anneal"},
+        {"temperature": 3.5},
+        {"t_squared": True},
+        {"t_squared": False},
+        {"beta": 0.0},
+        {"scale": 8e-4},
+        {"reduction": "sum"},
+        {"reduction": "mean"},
+        {"sinkhorn_temperature": 0.55},
+        {"epsilon": 0.02},
+        {"iterations": 10},
+    ],
+    ids=str,
+)
+def test_one_constant_is_overridden_and_no_other(preset: str, given: dict) -> None:
+    constants = Sinkhorn(preset=preset, **given).constants
+    assert {name: getattr(constants, name) for name in PRESETS[preset]} == PRESETS[preset] | given
+
+
+def test_samplewise_has_its_own_temperature_unless_one_is_given() -> None:
+    assert Sinkhorn(variant="samplewise").constants.sinkhorn_temperature == 1
+    given = Sinkhorn(variant="samplewise", sinkhorn_temperature=2.0)
+    assert given.constants.sinkhorn_temperature == 2
+
+
+def test_a_single_output_is_a_regression() -> None:
+    method = Sinkhorn(preset="glue")
+    method.supervised_loss = lambda output, batch: output.logits.square().mean()
+    result = terms(method, torch.tensor([[1.0], [3.0]]), torch.tensor([[0.0], [1.0]]))
+    assert set(result) == {"supervised", "kd"}
+    # Differences 1 and 2 over the temperature 2, squared, mean.
+    assert result["kd"].item() == pytest.approx((0.25 + 1) / 2)
+
+
+def test_logits_of_sequences_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"\(B, C\)"):
+        terms(Sinkhorn(), torch.zeros(2, 3, 4), torch.zeros(2, 3, 4))
+
+
+def test_diagnostics_are_recorded() -> None:
+    method = Sinkhorn(preset="glue")
+    terms(method, STUDENT, TEACHER)
+    recorded = {name: value.item() for name, value in method.take_recorded().items()}
+    assert recorded == pytest.approx(
+        {
+            "sinkhorn_cost": 0.595994 / 2,
+            "sinkhorn_diagonal": (0.970571 + 0.970940) / 2,
+            "sinkhorn_row_error": 0.000369,
+        },
+        abs=1e-6,
+    )
+
+
+# -- training -----------------------------------------------------------------------------------
+
+
+def test_training_lowers_the_transport_cost_below_that_of_kd(data, teacher, student) -> None:
+    without = copy.deepcopy(student)
+    history = train(Sinkhorn(temperature=1.0), student, teacher, data, epochs=4)
+    costs = [epoch["sinkhorn_cost"] for epoch in history]
+    assert costs[-1] < 0.3 * costs[0]
+    assert agreement(student, teacher, data.inputs) > 0.85
+    # The same run with the term switched off still records the cost.
+    reference = train(Sinkhorn(temperature=1.0, beta=0.0), without, teacher, data, epochs=4)
+    assert costs[-1] < 0.7 * reference[-1]["sinkhorn_cost"]

@@ -1,0 +1,160 @@
+"""A plain training loop that drives a method through its contract, on scikit-learn's digits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+from kdrun.layers.taps import attach
+from kdrun.method import Method
+from kdrun.outputs import Batch, ModelOutput, Progress
+
+
+class ConvNet(nn.Module):
+    """Stem, three stages (8x8, 4x4, 2x2 on digits), global average pooling, classifier."""
+
+    def __init__(self, *, width: int = 4, num_classes: int = 10, in_channels: int = 1) -> None:
+        super().__init__()
+        self.stem = block(in_channels, width, stride=1)
+        self.stage1 = block(width, width, stride=1)
+        self.stage2 = block(width, 2 * width, stride=2)
+        self.stage3 = block(2 * width, 4 * width, stride=2)
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.classifier = nn.Linear(4 * width, num_classes)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        features = self.stage3(self.stage2(self.stage1(self.stem(inputs))))
+        return self.classifier(self.pool(features))
+
+    def tap_points(self) -> dict[str, str]:
+        points = {"stem": "stem"}
+        for name in ("stage1", "stage2", "stage3"):
+            points[name] = name
+            points[f"{name}.preactivation"] = f"{name}.1"
+            points[f"{name}.norm"] = f"{name}.1"
+        return points | {"penultimate": "pool"}
+
+
+def block(channels: int, channels_out: int, stride: int) -> nn.Sequential:
+    convolution = nn.Conv2d(channels, channels_out, 3, stride=stride, padding=1, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(channels_out), nn.ReLU())
+
+
+def digits(samples: int | None = None) -> Batch:
+    """Images ``(N, 1, 8, 8)`` in [-1, 1] with their labels."""
+    images, labels = load_digits(return_X_y=True)
+    inputs = torch.tensor(images[:samples], dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
+    target = torch.tensor(labels[:samples])
+    return Batch(inputs, target, torch.arange(len(target)))
+
+
+class Network:
+    """A network of some role with the taps that a method wants from it."""
+
+    def __init__(self, network: nn.Module, taps: tuple[str, ...], sample: Tensor) -> None:
+        self.network = network
+        self.taps = attach(network, taps, sample)
+
+    def __call__(self, batch: Batch) -> ModelOutput:
+        output = self._run(batch.inputs)
+        output.views = {name: self._run(inputs) for name, inputs in batch.views.items()}
+        return output
+
+    def _run(self, inputs: Tensor) -> ModelOutput:
+        with self.taps:
+            logits = self.network(inputs)
+        return ModelOutput(logits, self.taps.collect())
+
+
+@dataclass
+class Session:
+    """A method with its networks, set up as the engine does it."""
+
+    method: Method
+    student: Network
+    teachers: dict[str, Network]
+
+    def forward(self, batch: Batch) -> tuple[ModelOutput, dict[str, ModelOutput]]:
+        with torch.no_grad():
+            teachers = {role: teacher(batch) for role, teacher in self.teachers.items()}
+        return self.student(batch), teachers
+
+    def terms(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        batch = self.method.augment(batch)
+        return self.method.losses(*self.forward(batch), batch, progress)
+
+    def total(self, batch: Batch, progress: Progress) -> Tensor:
+        weights = self.method.weights(progress)
+        terms = self.terms(batch, progress)
+        return sum(weights.get(name, 1.0) * term for name, term in terms.items())
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [*self.student.network.parameters(), *self.method.parameters()]
+
+
+def start(method: Method, student: nn.Module, teacher: nn.Module, data: Batch) -> Session:
+    """Wrap, tap, set up from a dry forward of two samples, prepare."""
+    teacher.eval().requires_grad_(False)
+    networks = {"teacher": teacher}
+    student = method.wrap(student, networks)
+    taps = method.taps()
+    two = data.rows(slice(2))
+    session = Session(
+        method,
+        Network(student, taps.get("student", ()), two.inputs),
+        {role: Network(net, taps.get(role, ()), two.inputs) for role, net in networks.items()},
+    )
+    student.eval()
+    with torch.no_grad():
+        method.setup(*session.forward(two))
+    method.prepare(networks, [data])
+    student.train()
+    method.train()
+    return session
+
+
+def train(
+    method: Method,
+    student: nn.Module,
+    teacher: nn.Module,
+    data: Batch,
+    *,
+    epochs: int = 3,
+    batch_size: int = 64,
+    learning_rate: float = 0.05,
+) -> list[dict[str, float]]:
+    """Distil with SGD; the mean of every term, and of what was recorded, by epoch."""
+    session = start(method, student, teacher, data)
+    optimizer = torch.optim.SGD(session.parameters(), learning_rate, momentum=0.9)
+    orders = torch.Generator().manual_seed(0)
+    per_epoch = len(data) // batch_size
+    history = []
+    for epoch in range(epochs):
+        order = torch.randperm(len(data), generator=orders)
+        sums: dict[str, float] = {}
+        for i in range(per_epoch):
+            rows = order[i * batch_size : (i + 1) * batch_size]
+            progress = Progress(epoch, epochs, epoch * per_epoch + i, epochs * per_epoch)
+            views = {name: view[rows] for name, view in data.views.items()}
+            batch = Batch(data.inputs[rows], data.target[rows], data.index[rows], None, views)
+            weights = method.weights(progress)
+            terms = session.terms(batch, progress)
+            loss = sum(weights.get(name, 1.0) * term for name, term in terms.items())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            method.after_step(progress)
+            for name, value in (terms | method.take_recorded()).items():
+                sums[name] = sums.get(name, 0.0) + float(value.detach()) / per_epoch
+        history.append(sums)
+    return history
+
+
+@torch.no_grad()
+def agreement(student: nn.Module, teacher: nn.Module, inputs: Tensor) -> float:
+    """Share of inputs on which both predict the same class, in evaluation mode."""
+    predictions = [network.eval()(inputs).argmax(dim=1) for network in (student, teacher)]
+    return float((predictions[0] == predictions[1]).float().mean())
