@@ -11,15 +11,15 @@ from torch import Tensor, distributed
 def gather(tensor: Tensor) -> Tensor:
     """The rows of every rank, in the order of ranks; ``tensor`` itself without a process group.
 
-    Gradients reach the local rows only. They are multiplied by the number of ranks, because
-    data-parallel training averages gradients over ranks: a loss that every rank computes on the
-    gathered rows then trains exactly as one process does on the whole batch.
+    Gradients reach the local rows only, multiplied by all rows over local rows. Data-parallel
+    training averages the gradients of ranks by their rows; so a loss that every rank computes on
+    the gathered rows trains exactly as one process does on the whole batch.
 
     Args:
-        tensor: ``(B, ...)``; every rank must hold the same shape.
+        tensor: ``(B, ...)``; ranks may hold different numbers of rows.
 
     Returns:
-        ``(ranks * B, ...)``.
+        ``(sum of B over ranks, ...)``.
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         return tensor
@@ -29,11 +29,21 @@ def gather(tensor: Tensor) -> Tensor:
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, tensor: Tensor) -> Tensor:
-        rows = [torch.empty_like(tensor) for _ in range(distributed.get_world_size())]
-        distributed.all_gather(rows, tensor.contiguous())
-        return torch.cat(rows)
+        rank, ranks = distributed.get_rank(), distributed.get_world_size()
+        counts = torch.zeros(ranks, dtype=torch.int64, device=tensor.device)
+        counts[rank] = len(tensor)
+        distributed.all_reduce(counts)
+        counts = counts.tolist()
+        # A collective wants equal shapes: short ranks are filled up, and cut back after it.
+        local = tensor.new_zeros(max(counts), *tensor.shape[1:])
+        local[: len(tensor)] = tensor
+        padded = [torch.empty_like(local) for _ in range(ranks)]
+        distributed.all_gather(padded, local)
+        context.first = sum(counts[:rank])
+        context.rows, context.all_rows = counts[rank], sum(counts)
+        return torch.cat([rows[:count] for rows, count in zip(padded, counts, strict=True)])
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> Tensor:
-        ranks = distributed.get_world_size()
-        return gradient.chunk(ranks)[distributed.get_rank()] * ranks
+        local = gradient[context.first : context.first + context.rows]
+        return local * (context.all_rows / context.rows)

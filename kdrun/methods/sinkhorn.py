@@ -182,6 +182,17 @@ class Sinkhorn(Method):
         self.constants = Constants(**constants)
         self.variant = variant
         self.gather = gather
+        self.is_regression = False
+
+    def setup(self, student: ModelOutput, teachers: Mapping[str, ModelOutput]) -> None:
+        """A single output is a regression: there is no distribution to transport.
+
+        Raises:
+            ValueError: the logits are not ``(B, C)``.
+        """
+        if student.logits.ndim != 2:
+            raise ValueError(f"it compares logits (B, C), got {tuple(student.logits.shape)}")
+        self.is_regression = student.logits.shape[1] == 1
 
     def losses(
         self,
@@ -190,29 +201,17 @@ class Sinkhorn(Method):
         batch: Batch,
         progress: Progress,
     ) -> dict[str, Tensor]:
-        """The supervised loss, L_kd and, for more than one output, the transport cost.
-
-        Raises:
-            ValueError: the logits are not ``(B, C)``.
-        """
+        """The supervised loss, L_kd and, unless this is a regression, the transport cost."""
         ours, theirs = student.logits, teachers["teacher"].logits
-        if ours.ndim != 2:
-            raise ValueError(f"sinkhorn compares logits (B, C), got {tuple(ours.shape)}")
         supervised = self.supervised_loss(student, batch)
         temperature = self.temperature(progress)
-        if ours.shape[1] == 1:
-            # A single output is a regression: there is no distribution to transport.
-            return {
-                "supervised": supervised,
-                "kd": mean_squared_error(ours / temperature, theirs / temperature),
-            }
-        return {
-            "supervised": supervised,
-            "kd": soft_cross_entropy(
-                ours, theirs, temperature=temperature, t_squared=self.constants.t_squared
-            ),
-            "sinkhorn": self.sinkhorn(ours, theirs),
-        }
+        if self.is_regression:
+            error = mean_squared_error(ours / temperature, theirs / temperature)
+            return {"supervised": supervised, "kd": error}
+        kd = soft_cross_entropy(
+            ours, theirs, temperature=temperature, t_squared=self.constants.t_squared
+        )
+        return {"supervised": supervised, "kd": kd, "sinkhorn": self.sinkhorn(ours, theirs)}
 
     def sinkhorn(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The unscaled Sinkhorn term of logits ``(B, C)``; records the diagnostics."""
@@ -249,8 +248,7 @@ class Sinkhorn(Method):
     def weights(self, progress: Progress) -> dict[str, float]:
         """Constant factors."""
         constants = self.constants
-        return {
-            "supervised": 1.0 - constants.alpha,
-            "kd": constants.alpha,
-            "sinkhorn": constants.beta * constants.scale,
-        }
+        weights = {"supervised": 1.0 - constants.alpha, "kd": constants.alpha}
+        if not self.is_regression:
+            weights["sinkhorn"] = constants.beta * constants.scale
+        return weights

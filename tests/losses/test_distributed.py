@@ -15,21 +15,26 @@ def transport_cost(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor
     return (sinkhorn_plan(cost, epsilon=0.1, iterations=20) * cost).sum() / len(student)
 
 
+ROWS = ((0, 4), (4, 7))
+"""First and last + 1 row of each rank: a batch that two ranks cannot share evenly."""
+
+
 def clouds() -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0)).unbind()
+    return torch.randn(2, 7, 4, generator=torch.Generator().manual_seed(0)).unbind()
 
 
 def one_rank(rank: int, folder: str) -> None:
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
     )
-    student, teacher = (cloud[3 * rank : 3 * rank + 3] for cloud in clouds())
-    # A weight shared by both ranks, whose gradients data-parallel training averages.
+    first, last = ROWS[rank]
+    student, teacher = (cloud[first:last] for cloud in clouds())
+    # A weight shared by both ranks, whose gradients data-parallel training averages by rows.
     weight = torch.ones(4, requires_grad=True)
     loss = transport_cost(student * weight, teacher)
-    loss.backward()
+    (loss * (last - first) / 7).backward()
     distributed.all_reduce(weight.grad)
-    torch.save((loss.detach(), weight.grad / 2), f"{folder}/{rank}.pt")
+    torch.save((loss.detach(), weight.grad), f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
 
 

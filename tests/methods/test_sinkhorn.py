@@ -195,15 +195,17 @@ def test_samplewise_has_its_own_temperature_unless_one_is_given() -> None:
 def test_a_single_output_is_a_regression() -> None:
     method = Sinkhorn(preset="glue")
     method.supervised_loss = lambda output, batch: output.logits.square().mean()
-    result = terms(method, torch.tensor([[1.0], [3.0]]), torch.tensor([[0.0], [1.0]]))
-    assert set(result) == {"supervised", "kd"}
+    student, teacher = torch.tensor([[1.0], [3.0]]), torch.tensor([[0.0], [1.0]])
+    method.setup(ModelOutput(student), {"teacher": ModelOutput(teacher)})
+    result = terms(method, student, teacher)
+    assert set(result) == set(method.weights(NOW)) == {"supervised", "kd"}
     # Differences 1 and 2 over the temperature 2, squared, mean.
     assert result["kd"].item() == pytest.approx((0.25 + 1) / 2)
 
 
 def test_logits_of_sequences_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\(B, C\)"):
-        terms(Sinkhorn(), torch.zeros(2, 3, 4), torch.zeros(2, 3, 4))
+        Sinkhorn().setup(ModelOutput(torch.zeros(2, 3, 4)), {})
 
 
 def test_diagnostics_are_recorded() -> None:

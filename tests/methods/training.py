@@ -35,7 +35,7 @@ class ConvNet(nn.Module):
             points[name] = name
             points[f"{name}.preactivation"] = f"{name}.1"
             points[f"{name}.norm"] = f"{name}.1"
-        return points | {"penultimate": "pool"}
+        return points | {"penultimate": "input:classifier"}
 
 
 def block(channels: int, channels_out: int, stride: int) -> nn.Sequential:
