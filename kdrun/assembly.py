@@ -67,9 +67,9 @@ def assemble(
     """
     torch.manual_seed(seed)
     method.supervised_loss = task.supervised_loss
-    student = method.wrap(student, teachers)
-    networks = {STUDENT: student, **teachers}
     batch = sample_batch(data, method.views)
+    student = method.wrap(student, teachers, batch.inputs)
+    networks = {STUDENT: student, **teachers}
     taps: dict[str, Taps] = {}
     for role, names in method.taps().items():
         if role not in networks:

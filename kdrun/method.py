@@ -38,6 +38,8 @@ class Method(nn.Module):
         relational: the loss compares samples of a batch with each other, so it depends on how
             batches are drawn and split; such a method says in its docstring what it sees across
             ranks.
+        ordered: the loss depends on the order of the samples in a batch: it compares neighbours, or
+            draws random numbers row by row.
         trainable_roles: roles besides the student that are trained with it, each with its own
             optimiser and schedule (``("teacher",)`` for online distillation).
         tasks: the tasks that the method supports; the contract tests run each of them.
@@ -48,6 +50,7 @@ class Method(nn.Module):
     """
 
     relational: ClassVar[bool] = False
+    ordered: ClassVar[bool] = False
     trainable_roles: ClassVar[tuple[str, ...]] = ()
     tasks: ClassVar[tuple[str, ...]] = ("classification",)
     views: ClassVar[tuple[str, ...]] = ()
@@ -83,8 +86,16 @@ class Method(nn.Module):
         """
         return {}
 
-    def wrap(self, student: nn.Module, teachers: Mapping[str, nn.Module]) -> nn.Module:
-        """Give the student what the method needs (a second head, exits); default: nothing."""
+    def wrap(
+        self, student: nn.Module, teachers: Mapping[str, nn.Module], sample: Any
+    ) -> nn.Module:
+        """Give the student what the method needs (a second head, exits); default: nothing.
+
+        Args:
+            student: the network to train.
+            teachers: the other networks by role; their parts may be looked at and copied.
+            sample: inputs of two samples, for networks that do not declare where their taps are.
+        """
         return student
 
     def setup(self, student: ModelOutput, teachers: Mapping[str, ModelOutput]) -> None:
