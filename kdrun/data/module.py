@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from kdrun.data.augment import Augmentation
+from kdrun.data.augment import Augmentation, Mix
 from kdrun.data.loader import Loader, LoaderOptions
 from kdrun.data.normalise import Normalisation
 from kdrun.data.resident import ResidentLoader, Samples
@@ -168,6 +168,7 @@ class ResidentDataModule(DataModule):
         normalisation: from stored values to inputs.
         augmentation: of training inputs.
         views: further augmented views by name.
+        mix: mixes the samples of training batches.
     """
 
     def __init__(
@@ -177,11 +178,13 @@ class ResidentDataModule(DataModule):
         normalisation: Normalisation | None,
         augmentation: Augmentation | None,
         views: dict[str, Augmentation] | None,
+        mix: Mix | None = None,
     ) -> None:
         self.val_fraction = val_fraction
         self.normalisation = normalisation
         self.augmentation = augmentation
         self.views = dict(views or {})
+        self.mix = mix
         self._parts: dict[str, Samples] = {}
         self._on_device: dict[tuple[str, str], Samples] = {}
         self._fingerprint = ""
@@ -238,6 +241,8 @@ class ResidentDataModule(DataModule):
             if changes and self.augmentation.changes_images
             else None,
             views={name: self.views[name] for name in options.views},
+            mix=self.mix if options.augment else None,
+            num_classes=self.num_classes,
         )
 
     def _resident(self, part: str, device: torch.device | str) -> Samples:
@@ -254,5 +259,5 @@ class ResidentDataModule(DataModule):
             for tensor in (part.inputs, part.target, part.index):
                 digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
                 digest.update(tensor.contiguous().numpy())
-        digest.update(repr((self.normalisation, self.augmentation, self.views)).encode())
+        digest.update(repr((self.normalisation, self.augmentation, self.views, self.mix)).encode())
         return digest.hexdigest()

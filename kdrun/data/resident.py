@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from kdrun.data.augment import Augmentation, Draws
-from kdrun.data.loader import AUGMENTATION, LoaderOptions
+from kdrun.data.augment import Augmentation, Draws, Mix
+from kdrun.data.loader import AUGMENTATION, MIXING, LoaderOptions
 from kdrun.data.normalise import Normalisation
 from kdrun.data.seeding import stream
 from kdrun.outputs import Batch
@@ -73,6 +73,8 @@ class ResidentLoader:
         normalisation: applied last; None leaves the values as stored.
         augmentation: of ``Batch.inputs``; None for none.
         views: name to augmentation of each further view, drawn independently.
+        mix: mixes the samples of a global batch; every rank then makes the whole of it.
+        num_classes: width of soft targets where samples are mixed.
     """
 
     def __init__(
@@ -83,9 +85,12 @@ class ResidentLoader:
         normalisation: Normalisation | None = None,
         augmentation: Augmentation | None = None,
         views: Mapping[str, Augmentation] | None = None,
+        mix: Mix | None = None,
+        num_classes: int = 0,
     ) -> None:
         self.samples, self.options = samples, options
         self._normalisation = normalisation
+        self._mix, self._num_classes = mix, num_classes
         # What makes each tensor of a batch from the stored samples; INPUTS is Batch.inputs.
         self._changes = {} if augmentation is None else {INPUTS: augmentation}
         self._changes |= views or {}
@@ -103,13 +108,14 @@ class ResidentLoader:
         self._epoch, self._start = epoch, start
 
     def __iter__(self) -> Iterator[Batch]:
-        plan = self._plan(self._epoch)
+        epoch = self._epoch
+        plan = self._plan(epoch)
         for position in range(self._start, len(self)):
-            yield self._batch(plan, position)
+            yield self._batch(plan, epoch, position)
 
     def replay(self, epoch: int, position: int) -> Batch:
         """One batch of any epoch again, bit for bit."""
-        return self._batch(self._plan(epoch), position)
+        return self._batch(self._plan(epoch), epoch, position)
 
     def _plan(self, epoch: int) -> _Plan:
         if epoch not in self._plans:
@@ -130,8 +136,17 @@ class ResidentLoader:
             draws[name] = {key: value[order].to(device) for key, value in drawn.items()}
         return _Plan(order.to(device), draws)
 
-    def _batch(self, plan: _Plan, position: int) -> Batch:
-        first, last = self.options.bounds(len(self.samples), position)
+    def _batch(self, plan: _Plan, epoch: int, position: int) -> Batch:
+        size, mine = len(self.samples), self.options.bounds(len(self.samples), position)
+        if self._mix is None:
+            return self._cut(plan, *mine)
+        first, last = replace(self.options, rank=0, world_size=1).bounds(size, position)
+        words = (self.options.seed, epoch, MIXING, position)
+        mixed = self._mix(self._cut(plan, first, last), self._num_classes, *words)
+        return mixed.rows(slice(mine[0] - first, mine[1] - first))
+
+    def _cut(self, plan: _Plan, first: int, last: int) -> Batch:
+        """The samples from place ``first`` to ``last`` of the epoch's order."""
         rows = plan.order[first:last]
         stored = self.samples.inputs.index_select(0, rows)
         views = {}

@@ -38,7 +38,7 @@ def crop_flip(images: Tensor, top: Tensor, left: Tensor, mirror: Tensor, *, padd
     return windows.index_select(0, first_pixel.flatten()).view(images.shape)
 
 
-def cutout(images: Tensor, row: Tensor, column: Tensor, *, size: Tensor, fill: int) -> Tensor:
+def cutout(images: Tensor, row: Tensor, column: Tensor, *, side: Tensor, fill: int) -> Tensor:
     """Overwrite a square around a centre; what lies outside the image is lost.
 
     DeVries and Taylor, 2017 (arXiv 1708.04552): the square spans ``centre - size // 2`` to
@@ -48,11 +48,11 @@ def cutout(images: Tensor, row: Tensor, column: Tensor, *, size: Tensor, fill: i
         images: ``(B, C, H, W)``.
         row: ``(B,)`` int64 in [0, H), centre of the square.
         column: ``(B,)`` int64 in [0, W).
-        size: ``(B,)`` int64, side of the square in pixels; 0 leaves the image as it is.
+        side: ``(B,)`` int64, of the square in pixels; 0 leaves the image as it is.
         fill: the value written, in stored units.
     """
     height, width = images.shape[2:]
-    half = size // 2
+    half = side // 2
     rows = torch.arange(height, device=images.device)
     columns = torch.arange(width, device=images.device)
     in_rows = (rows >= (row - half)[:, None]) & (rows < (row + half)[:, None])
