@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -75,44 +76,64 @@ class Session:
 
     method: Method
     student: Network
-    teachers: dict[str, Network]
+    others: dict[str, Network]
 
     def forward(self, batch: Batch) -> tuple[ModelOutput, dict[str, ModelOutput]]:
-        with torch.no_grad():
-            teachers = {role: teacher(batch) for role, teacher in self.teachers.items()}
-        return self.student(batch), teachers
+        outputs = {}
+        for role, network in self.others.items():
+            with torch.set_grad_enabled(role in self.method.trainable_roles):
+                outputs[role] = network(batch)
+        return self.student(batch), outputs
 
     def terms(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         batch = self.method.augment(batch)
         return self.method.losses(*self.forward(batch), batch, progress)
 
     def total(self, batch: Batch, progress: Progress) -> Tensor:
-        weights = self.method.weights(progress)
-        terms = self.terms(batch, progress)
-        return sum(weights.get(name, 1.0) * term for name, term in terms.items())
+        return weighted_sum(self.terms(batch, progress), self.method.weights(progress))
 
     def parameters(self) -> list[nn.Parameter]:
-        return [*self.student.network.parameters(), *self.method.parameters()]
+        trained = [self.others[role].network for role in self.method.trainable_roles]
+        modules = [self.student.network, *trained, self.method]
+        return [p for module in modules for p in module.parameters() if p.requires_grad]
 
 
-def start(method: Method, student: nn.Module, teacher: nn.Module, data: Batch) -> Session:
+def weighted_sum(terms: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
+    unknown = set(weights) - set(terms)
+    assert not unknown, f"weights for terms that do not exist: {unknown}"
+    return sum(weights.get(name, 1.0) * term for name, term in terms.items())
+
+
+def start(
+    method: Method,
+    student: nn.Module,
+    teacher: nn.Module,
+    data: Batch,
+    make_peer: Callable[[], nn.Module] = ConvNet,
+) -> Session:
     """Wrap, tap, set up from a dry forward of two samples, prepare."""
     teacher.eval().requires_grad_(False)
-    networks = {"teacher": teacher}
-    student = method.wrap(student, networks)
-    taps = method.taps()
+    others = {
+        role: make_peer() if source == "student" else teacher
+        for role, source in method.roles().items()
+    }
     two = data.rows(slice(2))
+    student = method.wrap(student, others, two.inputs)
+    taps = method.taps()
     session = Session(
         method,
         Network(student, taps.get("student", ()), two.inputs),
-        {role: Network(net, taps.get(role, ()), two.inputs) for role, net in networks.items()},
+        {role: Network(net, taps.get(role, ()), two.inputs) for role, net in others.items()},
     )
-    student.eval()
+    trained = [student, *(others[role] for role in method.trainable_roles)]
+    for network in trained:
+        network.eval()
     with torch.no_grad():
         method.setup(*session.forward(two))
-    method.prepare(networks, [data])
-    student.train()
-    method.train()
+    frozen = {role: net for role, net in others.items() if role not in method.trainable_roles}
+    method.prepare(frozen, [data])
+    for network in (*trained, method):
+        network.train()
     return session
 
 
@@ -140,9 +161,8 @@ def train(
             progress = Progress(epoch, epochs, epoch * per_epoch + i, epochs * per_epoch)
             views = {name: view[rows] for name, view in data.views.items()}
             batch = Batch(data.inputs[rows], data.target[rows], data.index[rows], None, views)
-            weights = method.weights(progress)
             terms = session.terms(batch, progress)
-            loss = sum(weights.get(name, 1.0) * term for name, term in terms.items())
+            loss = weighted_sum(terms, method.weights(progress))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
