@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from kdrun.data.augment import Augmentation
+from kdrun.data.augment import Augmentation, Mix
+from kdrun.data.batches import Preprocessing
 from kdrun.data.bundled import bundled_table
-from kdrun.data.module import SPLIT_SEED, ResidentDataModule
+from kdrun.data.module import SPLIT_SEED, DataModule
 from kdrun.data.normalise import Normalisation
 from kdrun.data.resident import Samples
 from kdrun.data.splits import stratified
@@ -18,7 +19,7 @@ STEP = 15
 MEAN, STD = 4.88 * STEP / 255, 6.02 * STEP / 255
 
 
-class Digits(ResidentDataModule):
+class Digits(DataModule):
     """scikit-learn's digits; a fixed stratified draw of 500 images is the test set.
 
     Args:
@@ -26,6 +27,7 @@ class Digits(ResidentDataModule):
         image_size: side to which images are enlarged (bilinear); null keeps 8.
         augmentation: of training images; null for none.
         views: further augmented views by name, for methods that compare views.
+        mix: mixup or CutMix of training batches; null for none.
     """
 
     def __init__(
@@ -35,12 +37,13 @@ class Digits(ResidentDataModule):
         image_size: PositiveInt | None = None,
         augmentation: Augmentation | None = None,
         views: dict | None = None,
+        mix: Mix | None = None,
     ) -> None:
         super().__init__(
             val_fraction=val_fraction,
-            normalisation=Normalisation([MEAN], [STD]),
-            augmentation=augmentation,
-            views=views,
+            preprocessing=Preprocessing(
+                Normalisation([MEAN], [STD]), augmentation, views or {}, mix
+            ),
         )
         self.image_size = image_size
 
@@ -52,7 +55,6 @@ class Digits(ResidentDataModule):
             size = (self.image_size, self.image_size)
             images = torch.nn.functional.interpolate(images, size, mode="bilinear")
         target = torch.from_numpy(table[:, 64]).long()
-        self.num_classes = 10
         self.class_names = [str(digit) for digit in range(10)]
         everything = Samples(images.round().byte(), target, torch.arange(len(target)))
         test, train = stratified(target, TEST_SIZE, seed=SPLIT_SEED)

@@ -5,20 +5,19 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from kdrun.data.augment import Augmentation, Mix
+from kdrun.data.batches import Preprocessing
 from kdrun.data.loader import Loader, LoaderOptions
-from kdrun.data.normalise import Normalisation
-from kdrun.data.resident import ResidentLoader, Samples
 from kdrun.data.splits import stratified
 from kdrun.errors import UserError
 from kdrun.parameters import checked_constructor
 
-Protocol = Literal["holdout", "paper"]
+EvaluationProtocol = Literal["holdout", "paper"]
 """``holdout``: validation is carved out of train and the test set is touched once, at the end.
 ``paper``: train is all of train and validation is the test set, as most published numbers were
 made."""
@@ -27,8 +26,31 @@ SPLIT_SEED = 0
 """Splits are part of a data set, not of an experiment: the same for every seed of a run."""
 
 
+class Part(Protocol):
+    """The samples of one split: ``Samples`` in memory, or files that are read when needed."""
+
+    target: Tensor
+    index: Tensor
+    content: str
+
+    def __len__(self) -> int:
+        """Number of samples."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one input."""
+
+    def take(self, rows: Tensor) -> Part:
+        """The given rows as a part of their own."""
+
+    def serve(self, options: LoaderOptions, preprocessing: Preprocessing) -> Loader:
+        """Batches of these samples."""
+
+
 class DataModule(ABC):
-    """A data set with its preprocessing. Call ``prepare`` first.
+    """A data set with its preprocessing; a subclass says how to ``load`` it.
+
+    Call ``prepare`` first; all but ``task`` is known afterwards.
 
     Attributes:
         task: what the targets are for.
@@ -36,6 +58,10 @@ class DataModule(ABC):
         input_shape: one input, ``(C, H, W)`` or ``(D,)``.
         class_names: the names, by class id.
         train_size: samples in the training split; likewise ``validation_size``, ``test_size``.
+
+    Args:
+        val_fraction: share of train held out for validation where the set brings none.
+        preprocessing: from stored samples to inputs.
     """
 
     task: str = "classification"
@@ -46,30 +72,70 @@ class DataModule(ABC):
     validation_size: int
     test_size: int
 
+    def __init__(self, *, val_fraction: float, preprocessing: Preprocessing) -> None:
+        self.val_fraction = val_fraction
+        self.preprocessing = preprocessing
+        self._parts: dict[str, Part] = {}
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.__init__ = checked_constructor(cls.__init__)
 
     @abstractmethod
-    def prepare(self, protocol: Protocol = "holdout") -> None:
-        """Load the data and make the splits; the attributes above are known afterwards."""
+    def load(self) -> dict[str, Part]:
+        """``train`` and ``test``, and ``validation`` where the set brings its own.
+
+        Sets ``class_names``.
+        """
+
+    def select(self, train: Part) -> Tensor:
+        """Rows of the training split that are used; a subclass may leave some out."""
+        return torch.arange(len(train))
+
+    def prepare(self, protocol: EvaluationProtocol = "holdout") -> None:
+        """Load the data and make the splits."""
+        loaded = self.load()
+        train, test = loaded["train"], loaded["test"]
+        if protocol == "paper":
+            validation = test
+        elif "validation" in loaded:
+            validation = loaded["validation"]
+        else:
+            count = round(self.val_fraction * len(train))
+            held_out, rest = stratified(train.target, count, seed=SPLIT_SEED)
+            train, validation = train.take(rest), train.take(held_out)
+        train = train.take(self.select(train))
+        for name, part in (("train", train), ("validation", validation), ("test", test)):
+            if not len(part):
+                raise UserError(f"the {name} split is empty; see dataset.val_fraction")
+        self._parts = {"train": train, "validation": validation, "test": test}
+        self.num_classes = len(self.class_names)
+        self.input_shape = train.shape
+        self.train_size, self.validation_size, self.test_size = map(len, self._parts.values())
+        self.preprocessing = replace(self.preprocessing, num_classes=self.num_classes)
 
     @property
-    @abstractmethod
     def fingerprint(self) -> str:
         """Hash of everything that determines a batch but its seed and size.
 
-        Content, splits, normalisation and augmentation; equal on every machine that has equal data.
+        Content, splits, normalisation and augmentation; equal wherever the data are equal.
         """
-
-    @abstractmethod
-    def loader(self, part: str, options: LoaderOptions) -> Loader:
-        """One split, ``train``, ``validation`` or ``test``, served as ``options`` say."""
+        if not self._parts:
+            raise RuntimeError("prepare the data set before asking for its fingerprint")
+        digest = hashlib.sha256(repr(self.preprocessing).encode())
+        for name, part in self._parts.items():
+            digest.update(f"{name} {part.content} {part.shape}".encode())
+            digest.update(part.target.numpy().tobytes() + part.index.numpy().tobytes())
+        return digest.hexdigest()
 
     @property
     def view_names(self) -> tuple[str, ...]:
         """The further augmented views that can be asked of the training split."""
-        return ()
+        return tuple(self.preprocessing.views)
+
+    def loader(self, part: str, options: LoaderOptions) -> Loader:
+        """One split, ``train``, ``validation`` or ``test``, served as ``options`` say."""
+        return self._parts[part].serve(options, self.preprocessing)
 
     def train(
         self,
@@ -158,106 +224,3 @@ class DataModule(ABC):
                 channels_last=channels_last,
             ),
         )
-
-
-class ResidentDataModule(DataModule):
-    """A data set that fits in the memory of the device; a subclass says how to ``load`` it.
-
-    Args:
-        val_fraction: share of train held out for validation where the set brings none.
-        normalisation: from stored values to inputs.
-        augmentation: of training inputs.
-        views: further augmented views by name.
-        mix: mixes the samples of training batches.
-    """
-
-    def __init__(
-        self,
-        *,
-        val_fraction: float,
-        normalisation: Normalisation | None,
-        augmentation: Augmentation | None,
-        views: dict[str, Augmentation] | None,
-        mix: Mix | None = None,
-    ) -> None:
-        self.val_fraction = val_fraction
-        self.normalisation = normalisation
-        self.augmentation = augmentation
-        self.views = dict(views or {})
-        self.mix = mix
-        self._parts: dict[str, Samples] = {}
-        self._on_device: dict[tuple[str, str], Samples] = {}
-        self._fingerprint = ""
-
-    @abstractmethod
-    def load(self) -> dict[str, Samples]:
-        """``train`` and ``test`` on the CPU, and ``validation`` where the set brings its own.
-
-        Sets ``num_classes`` and ``class_names``.
-        """
-
-    def select(self, train: Samples) -> Tensor:
-        """Rows of the training split that are used; a subclass may leave some out."""
-        return torch.arange(len(train))
-
-    def prepare(self, protocol: Protocol = "holdout") -> None:
-        """Load, split, and keep the parts on the CPU until a loader asks for a device."""
-        self._on_device.clear()
-        loaded = self.load()
-        train, test = loaded["train"], loaded["test"]
-        if protocol == "paper":
-            validation = test
-        elif "validation" in loaded:
-            validation = loaded["validation"]
-        else:
-            held_out, rest = stratified(
-                train.target, round(self.val_fraction * len(train)), seed=SPLIT_SEED
-            )
-            train, validation = train.take(rest), train.take(held_out)
-        train = train.take(self.select(train))
-        self._parts = {"train": train, "validation": validation, "test": test}
-        self.input_shape = tuple(train.inputs.shape[1:])
-        self.train_size, self.validation_size, self.test_size = map(len, self._parts.values())
-        self._fingerprint = self._hash()
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the arrays, the splits and the preprocessing."""
-        return self._fingerprint
-
-    @property
-    def view_names(self) -> tuple[str, ...]:
-        """The keys of ``views``."""
-        return tuple(self.views)
-
-    def loader(self, part: str, options: LoaderOptions) -> ResidentLoader:
-        """Batches of a part that lives on ``options.device``."""
-        changes = options.augment and self.augmentation is not None
-        return ResidentLoader(
-            self._resident(part, options.device),
-            options,
-            normalisation=self.normalisation,
-            augmentation=self.augmentation
-            if changes and self.augmentation.changes_images
-            else None,
-            views={name: self.views[name] for name in options.views},
-            mix=self.mix if options.augment else None,
-            num_classes=self.num_classes,
-        )
-
-    def _resident(self, part: str, device: torch.device | str) -> Samples:
-        """A part on a device, sent there once for all loaders."""
-        key = (part, str(device))
-        if key not in self._on_device:
-            self._on_device[key] = self._parts[part].to(device)
-        return self._on_device[key]
-
-    def _hash(self) -> str:
-        digest = hashlib.sha256()
-        for name, part in self._parts.items():
-            digest.update(name.encode())
-            for tensor in (part.inputs, part.target, part.index):
-                digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.contiguous().numpy())
-        digest.update(repr((self.normalisation, self.augmentation, self.views, self.mix)).encode())
-        return digest.hexdigest()

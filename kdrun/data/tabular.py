@@ -6,8 +6,9 @@ from typing import Literal
 
 import torch
 
+from kdrun.data.batches import Preprocessing
 from kdrun.data.bundled import bundled_table
-from kdrun.data.module import SPLIT_SEED, ResidentDataModule
+from kdrun.data.module import SPLIT_SEED, DataModule
 from kdrun.data.normalise import Normalisation
 from kdrun.data.resident import Samples
 from kdrun.data.splits import stratified
@@ -20,7 +21,7 @@ FILES = {
 }
 
 
-class Tabular(ResidentDataModule):
+class Tabular(DataModule):
     """One bundled table; columns are standardised with the statistics of all but the test rows.
 
     Args:
@@ -37,7 +38,7 @@ class Tabular(ResidentDataModule):
         test_fraction: ProperFraction = 0.3,
         val_fraction: ProperFraction = 0.15,
     ) -> None:
-        super().__init__(val_fraction=val_fraction, normalisation=None, augmentation=None, views={})
+        super().__init__(val_fraction=val_fraction, preprocessing=Preprocessing())
         self.name = name
         self.test_fraction = test_fraction
 
@@ -45,13 +46,14 @@ class Tabular(ResidentDataModule):
         """The fixed test rows and the others."""
         table, header = bundled_table(FILES[self.name], header_lines=1)
         self.class_names = header[2:]  # after the numbers of rows and columns
-        self.num_classes = len(self.class_names)
         inputs = torch.from_numpy(table[:, :-1]).float()
         target = torch.from_numpy(table[:, -1]).long()
         everything = Samples(inputs, target, torch.arange(len(target)))
         test, rest = stratified(target, round(self.test_fraction * len(target)), seed=SPLIT_SEED)
         train = everything.take(rest)
-        self.normalisation = Normalisation(
-            train.inputs.mean(0).tolist(), train.inputs.std(0).tolist(), value_range=1.0
+        self.preprocessing = Preprocessing(
+            Normalisation(
+                train.inputs.mean(0).tolist(), train.inputs.std(0).tolist(), value_range=1.0
+            )
         )
         return {"train": train, "test": everything.take(test)}

@@ -14,10 +14,10 @@ from kdrun.parameters import Fraction, NonNegative, checked_constructor
 
 
 class Mix:
-    """Mix the normalised inputs of a whole (global) batch, one strength for all of it.
+    """Mix the normalised inputs of a batch, one strength for all of it.
 
-    The partner of a sample is the one before it; batches are in random order, so partners are
-    random. Further views are left as they are.
+    The partner of a sample is the one before it in the global batch; batches are in random order,
+    so partners are random. Further views are left as they are.
 
     - Mixup (Zhang et al., ICLR 2018): ``x = lam x_i + (1 - lam) x_j``, ``lam ~ Beta(a, a)``.
     - CutMix (Yun et al., ICCV 2019): a box with ``1 - lam`` of the area, its centre uniform, comes
@@ -46,29 +46,30 @@ class Mix:
         self.probability, self.target = probability, target
 
     def __call__(self, batch: Batch, num_classes: int, *words: int) -> Batch:
-        """The mixed batch.
+        """The batch without its first sample, every other one mixed with the one before it.
 
         Args:
-            batch: inputs ``(B, C, H, W)``, target ``(B,)``.
+            batch: inputs ``(1 + B, C, H, W)``, target ``(1 + B,)``; the first is there only as the
+                partner of the second.
             num_classes: width of soft targets.
             words: name of the random stream (seed, epoch, purpose, batch number).
         """
         random = np.random.default_rng(stream_seed(*words))
-        share, inputs = 1.0, batch.inputs
+        mine = batch.rows(slice(1, None))
+        share, inputs, partner = 1.0, mine.inputs, batch.inputs[:-1]
         if (self.mixup or self.cutmix) and random.random() < self.probability:
             cut = not self.mixup or (self.cutmix and random.random() < 0.5)
             alpha = self.cutmix if cut else self.mixup
             share = float(random.beta(alpha, alpha))
-            partner = inputs.roll(1, 0)
             if cut:
                 inputs, share = _paste(inputs, partner, share, *random.random(2))
             else:
                 inputs = inputs * share + partner * (1 - share)
-        target = batch.target
+        target = mine.target
         if self.target == "soft":
-            target = torch.nn.functional.one_hot(target, num_classes).to(torch.float32)
-            target = target * share + target.roll(1, 0) * (1 - share)
-        return Batch(inputs, target, batch.index, batch.mask, batch.views)
+            one_hot = torch.nn.functional.one_hot(batch.target, num_classes).to(torch.float32)
+            target = one_hot[1:] * share + one_hot[:-1] * (1 - share)
+        return Batch(inputs, target, mine.index, mine.mask, mine.views)
 
     def __repr__(self) -> str:
         options = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())

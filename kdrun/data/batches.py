@@ -1,0 +1,172 @@
+"""From stored samples to batches: the random plan of an epoch, augmentation, normalisation."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from kdrun.data.augment import Augmentation, Draws, Mix
+from kdrun.data.loader import AUGMENTATION, MIXING, LoaderOptions
+from kdrun.data.normalise import Normalisation
+from kdrun.data.seeding import stream
+from kdrun.outputs import Batch
+
+INPUTS = "inputs"
+"""The name of ``Batch.inputs`` among the views."""
+
+_FORMAT = {True: torch.channels_last, False: torch.preserve_format}
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocessing:
+    """What a data set does to stored samples.
+
+    Attributes:
+        normalisation: applied last; None leaves the values as stored.
+        augmentation: of the inputs for training; None for none.
+        views: name to augmentation of further views, drawn independently.
+        mix: mixes the samples of training batches; None for none.
+        num_classes: width of the soft targets of mixed samples.
+    """
+
+    normalisation: Normalisation | None = None
+    augmentation: Augmentation | None = None
+    views: Mapping[str, Augmentation] = field(default_factory=dict)
+    mix: Mix | None = None
+    num_classes: int = 0
+
+
+@dataclass(slots=True)
+class Plan:
+    """All random choices of one epoch, on the device, in the order of the epoch."""
+
+    epoch: int
+    order: Tensor
+    draws: dict[str, Draws]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Places ``first`` to ``last`` of an epoch's order, after ``lead`` where it is not None."""
+
+    first: int
+    last: int
+    lead: int | None = None
+
+    def cut(self, rows: Tensor) -> Tensor:
+        """The rows at these places."""
+        if self.lead is None:
+            return rows[self.first : self.last]
+        return torch.cat([rows[self.lead : self.lead + 1], rows[self.first : self.last]])
+
+
+class BatchMaker:
+    """Makes the batches of one split, wherever its samples come from.
+
+    The random parameters of an epoch are drawn for every sample when the epoch begins, in the order
+    in which samples are stored: a batch then costs a few tensor operations, nothing is sent to the
+    device, and how a sample is augmented in an epoch depends neither on the batch size nor on the
+    number of ranks.
+
+    Args:
+        size: samples in the split.
+        shape: of one stored sample.
+        options: batch size, seed, rank, type and so on.
+        preprocessing: what the data set does.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        shape: tuple[int, ...],
+        options: LoaderOptions,
+        preprocessing: Preprocessing,
+    ) -> None:
+        self.size, self.shape, self.options = size, shape, options
+        self.normalisation = preprocessing.normalisation
+        self.num_classes = preprocessing.num_classes
+        self.mix = preprocessing.mix if options.augment else None
+        augmentation = preprocessing.augmentation if options.augment else None
+        if augmentation is not None and not augmentation.changes_images:
+            augmentation = None
+        self.changes: dict[str, Augmentation | None] = {INPUTS: augmentation}
+        self.changes |= {name: preprocessing.views[name] for name in options.views}
+        self._plans: dict[int, Plan] = {}
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether batches hold the stored samples, normalised and no more."""
+        return self.mix is None and all(change is None for change in self.changes.values())
+
+    def plan(self, epoch: int) -> Plan:
+        """The random choices of an epoch; those of the last two epochs asked for are kept."""
+        if epoch not in self._plans:
+            if len(self._plans) == 2:  # the epoch under way and one being replayed
+                self._plans.pop(next(iter(self._plans)))
+            self._plans[epoch] = self._draw(epoch)
+        return self._plans[epoch]
+
+    def span(self, position: int) -> Span:
+        """Which places of the epoch's order this rank needs for batch ``position``.
+
+        A sample is mixed with the one before it in the global batch, so mixing needs one more.
+        """
+        first, last = self.options.bounds(self.size, position)
+        if self.mix is None:
+            return Span(first, last)
+        start, stop = replace(self.options, rank=0, world_size=1).bounds(self.size, position)
+        return Span(first, last, lead=(stop if first == start else first) - 1)
+
+    def make(
+        self,
+        stored: Mapping[str, Tensor],
+        target: Tensor,
+        index: Tensor,
+        plan: Plan,
+        position: int,
+    ) -> Batch:
+        """One batch.
+
+        Args:
+            stored: by view, the stored samples at the places of ``span(position)``.
+            target: ``(B,)`` of the same samples.
+            index: ``(B,)`` of the same samples.
+            plan: of the epoch.
+            position: number of the batch in the epoch.
+        """
+        span = self.span(position)
+        views = {}
+        for name, augmentation in self.changes.items():
+            images = stored[name]
+            if augmentation is not None:
+                draws = {key: span.cut(value) for key, value in plan.draws[name].items()}
+                images = augmentation.apply(images, draws)
+            views[name] = self.finish(images)
+        batch = Batch(views.pop(INPUTS), target, index, views=views)
+        if self.mix is None:
+            return batch
+        words = (self.options.seed, plan.epoch, MIXING, position)
+        return self.mix(batch, self.num_classes, *words)
+
+    def finish(self, x: Tensor) -> Tensor:
+        """The last step: normalisation, type and memory format."""
+        dtype, channels_last = self.options.dtype, self.options.channels_last and x.ndim == 4
+        if self.normalisation is not None:
+            return self.normalisation(x, dtype=dtype, channels_last=channels_last)
+        return x.to(dtype, memory_format=_FORMAT[channels_last])
+
+    def _draw(self, epoch: int) -> Plan:
+        device = self.options.device
+        order = self.options.order(self.size, epoch)
+        draws = {}
+        for name, augmentation in self.changes.items():
+            if augmentation is not None:
+                # Named by content, so that a view's draws do not depend on which others are asked.
+                words = (self.options.seed, epoch, AUGMENTATION, zlib.crc32(name.encode()))
+                drawn = augmentation.draw(self.size, self.shape, stream(*words))
+                draws[name] = {key: value[order].to(device) for key, value in drawn.items()}
+        return Plan(epoch, order.to(device), draws)
