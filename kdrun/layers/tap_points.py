@@ -181,9 +181,7 @@ def _stage_ends(root: _Call, classifier: str | None, layout: Layout) -> list[_Ca
     for call in _trunk(root, classifier, layout):
         positions = call.positions(layout)
         # One position left: pooling, or the convolution that stands in for a linear layer.
-        pooled_away = positions == 1 < resolution and (
-            resolution > 4 or not call.has_parameters()
-        )
+        pooled_away = positions == 1 < resolution and (resolution > 4 or not call.has_parameters())
         if call.path == classifier or (ends and (positions == 0 or pooled_away)):
             break
         if positions == 0 or not _ends_stage(call):
@@ -249,7 +247,11 @@ def _longest_run(root: _Call) -> list[_Call]:
     for parent in root.walk():
         run: list[_Call] = []
         for call in parent.calls:
-            same = run and type(call.module) is type(run[-1].module) and _shape(call) == _shape(run[-1])
+            same = (
+                run
+                and type(call.module) is type(run[-1].module)
+                and _shape(call) == _shape(run[-1])
+            )
             run = [*run, call] if same else [call]
             if call.calls and len(run) > len(longest):
                 longest = run

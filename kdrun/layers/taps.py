@@ -211,7 +211,9 @@ def _parse(network: nn.Module, names: Iterable[str], sample: Any) -> list[_Tap]:
             reads_input, path = _split_location(location)
             tap = _Tap(single, path, reads_input, form, single == "penultimate")
             if taps.setdefault(single, tap) != tap:
-                raise ValueError(f"tap {single} is asked for both as {taps[single].form} and {form}")
+                raise ValueError(
+                    f"tap {single} is asked for both as {taps[single].form} and {form}"
+                )
     return list(taps.values())
 
 

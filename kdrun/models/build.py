@@ -1,0 +1,55 @@
+"""From a ``model`` config node to a network."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from kdrun.build import instantiate, resolve
+from kdrun.errors import UserError
+from kdrun.targets import KEY
+
+ROLE_KEYS = ("checkpoint", "init_from", "mode", "seed", "weights", "allow_chance", "finetune")
+"""Entries of a network's config node that say what it is for, not what it is."""
+
+
+def build_model(
+    node: Mapping[str, Any], *, num_classes: int, input_shape: Sequence[int] | None
+) -> nn.Module:
+    """Build the network of a config node for a data set.
+
+    Where the constructor has the parameters ``num_classes``, ``in_channels``, ``image_size`` or
+    ``input_shape`` and the node leaves them out or null, the data set fills them in; so a class of
+    the user's own needs none of them.
+
+    Args:
+        node: ``_target_``, its arguments, and possibly entries of the role (``ROLE_KEYS``).
+        num_classes: classes of the data set.
+        input_shape: shape of one sample: ``(C, H, W)`` of images; None where it varies.
+
+    Raises:
+        UserError: the node cannot be built, reads images where there are none, or is no network.
+    """
+    node = {key: value for key, value in node.items() if key not in ROLE_KEYS}
+    target = node.get(KEY)
+    if target is None:
+        raise UserError(f"a model node needs {KEY}; it has {', '.join(node) or 'nothing'}")
+    known: dict[str, Any] = {"num_classes": num_classes}
+    if input_shape is not None:
+        known["input_shape"] = tuple(input_shape)
+        if len(input_shape) == 3:
+            known |= {"in_channels": input_shape[0], "image_size": input_shape[-1]}
+    parameters = inspect.signature(resolve(target)).parameters
+    wanted = [name for name in known if name in parameters and node.get(name) is None]
+    if "in_channels" in parameters and "in_channels" not in known | node:
+        raise UserError(
+            f"{target} reads images, but a sample of this data set has shape {input_shape}; "
+            "choose another network, such as mlp"
+        )
+    network = instantiate(node, **{name: known[name] for name in wanted})
+    if not isinstance(network, nn.Module):
+        raise UserError(f"{target} gives a {type(network).__name__}, not a network")
+    return network

@@ -1,0 +1,252 @@
+"""Image classifiers of timm, torchvision and transformers by name.
+
+Each function returns the library's own module, unchanged but for the number of classes and of input
+channels, so its state dict is the library's. A library is imported when its function is called.
+"""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from kdrun.errors import UserError
+from kdrun.parameters import PositiveInt
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+BUILD_ERRORS = (ValueError, TypeError, AssertionError, RuntimeError, KeyError, ArithmeticError)
+"""What the libraries raise for options and image sizes that do not go together."""
+
+
+def timm_model(
+    *,
+    name: str,
+    pretrained: bool = False,
+    num_classes: PositiveInt,
+    in_channels: PositiveInt = 3,
+    image_size: PositiveInt | None = None,
+    options: dict | None = None,
+) -> nn.Module:
+    """A network of timm.
+
+    Args:
+        name: ``resnet18``, ``vit_tiny_patch16_224``, ``resnet50.a1_in1k``, ...
+        pretrained: load timm's weights; the classifier is new where their classes differ.
+        num_classes: outputs of the classifier.
+        in_channels: channels of the images; timm folds pretrained first layers to fit.
+        image_size: side of the images, for networks built for one size.
+        options: further keywords of ``timm.create_model`` (``embed_dim``, ``patch_size``, ...).
+
+    Raises:
+        UserError: unknown name, options that do not fit, or weights that cannot be fetched.
+    """
+    import timm
+
+    label = f"timm/{name}"
+    if not timm.is_model(name):
+        raise UserError(_unknown(label, name.partition(".")[0], timm.list_models()))
+    keywords: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_channels}
+    given = timm.get_pretrained_cfg(name)
+    if given is not None and given.fixed_input_size and image_size is not None:
+        keywords["img_size"] = image_size
+    overlay = (options or {}).get("pretrained_cfg_overlay") or {}
+    classes = overlay.get("num_classes", given.num_classes if given is not None else num_classes)
+    network = _build(
+        label,
+        lambda: timm.create_model(name, pretrained=pretrained, **keywords | (options or {})),
+        fetches=pretrained,
+    )
+    if pretrained and classes != num_classes:
+        _warn_new_classifier(label, classes, num_classes)
+    return network
+
+
+def torchvision_model(
+    *,
+    name: str,
+    pretrained: bool = False,
+    num_classes: PositiveInt,
+    in_channels: PositiveInt = 3,
+    options: dict | None = None,
+) -> nn.Module:
+    """A network of torchvision.
+
+    Args:
+        name: ``resnet18``, ``swin_t``, ``convnext_tiny``, ...
+        pretrained: load torchvision's best weights (``DEFAULT``); the classifier is new where their
+            classes differ.
+        num_classes: outputs of the classifier.
+        in_channels: channels of the images; other than 3 only without pretrained weights, with a
+            new first convolution.
+        options: further keywords of the network's builder (``image_size`` of ViT, ...).
+
+    Raises:
+        UserError: unknown name, options that do not fit, weights that cannot be fetched, or
+            pretrained weights for other channels.
+    """
+    from torchvision import models
+
+    label = f"torchvision/{name}"
+    if name not in models.list_models(module=models):
+        raise UserError(_unknown(label, name, models.list_models(module=models)))
+    keywords = dict(options or {})
+    if pretrained and in_channels != 3:
+        raise UserError(
+            f"{label}: its pretrained weights read 3 channels but the images have {in_channels}; "
+            "set pretrained=false"
+        )
+    if not pretrained:
+        keywords["num_classes"] = num_classes
+    network = _build(
+        label,
+        lambda: models.get_model(name, weights="DEFAULT" if pretrained else None, **keywords),
+        fetches=pretrained,
+    )
+    if pretrained:
+        classes = len(models.get_model_weights(name).DEFAULT.meta["categories"])
+        if classes != num_classes:
+            _replace_classifiers(network, classes, num_classes)
+            _warn_new_classifier(label, classes, num_classes)
+    if in_channels != 3:
+        _replace_first_convolution(network, in_channels)
+    return network
+
+
+def hf_model(
+    *,
+    name: str | None = None,
+    pretrained: bool = False,
+    num_classes: PositiveInt,
+    in_channels: PositiveInt = 3,
+    image_size: PositiveInt | None = None,
+    options: dict | None = None,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """An image classifier of transformers; its forward gives an object with ``logits``.
+
+    Args:
+        name: name on the hub, or a folder that ``save_pretrained`` has written. Null: a network from
+            ``options`` alone.
+        pretrained: load its weights; otherwise only its configuration is read. The classifier is new
+            where the classes differ.
+        num_classes: outputs of the classifier.
+        in_channels: channels of the images.
+        image_size: side of the images, for networks built for one size.
+        options: entries that replace those of the configuration; without ``name`` they must say
+            ``model_type`` (``vit``, ``resnet``, ``swin``, ...).
+        trust_remote_code: run the Python code that comes with a hub repository.
+
+    Raises:
+        UserError: no such model, options that do not fit, or files that cannot be fetched.
+    """
+    from transformers import AutoConfig, AutoModelForImageClassification
+
+    options = dict(options or {})
+    label = f"hf/{name or options.get('model_type')}"
+    if name is None and (pretrained or "model_type" not in options):
+        raise UserError(
+            "hf: give name (hub name or folder), or options.model_type of a new network"
+        )
+
+    def configured() -> PretrainedConfig:
+        if name is None:
+            return AutoConfig.for_model(options.pop("model_type"))
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+
+    config = _build(label, configured, fetches=name is not None)
+    classes = config.num_labels
+    data = {"image_size": image_size, "num_channels": in_channels}
+    config.num_labels = num_classes
+    for key, value in data.items():
+        if key in config.to_dict() and value is not None:
+            setattr(config, key, value)
+    for key, value in options.items():
+        if key not in config.to_dict():
+            near = difflib.get_close_matches(key, config.to_dict(), n=1)
+            raise UserError(f"{label}: no option {key}" + (f"; {near[0]}?" if near else ""))
+        setattr(config, key, value)
+    if not pretrained:
+        return _build(
+            label,
+            lambda: AutoModelForImageClassification.from_config(
+                config, trust_remote_code=trust_remote_code
+            ),
+            fetches=False,
+        )
+    network = _build(
+        label,
+        lambda: AutoModelForImageClassification.from_pretrained(
+            name,
+            config=config,
+            ignore_mismatched_sizes=classes != num_classes,
+            trust_remote_code=trust_remote_code,
+        ),
+        fetches=True,
+    )
+    if classes != num_classes:
+        _warn_new_classifier(label, classes, num_classes)
+    return network
+
+
+def _build(label: str, builder: Callable[[], Any], *, fetches: bool) -> Any:
+    """Call ``builder``; what it raises becomes one line that names the network."""
+    try:
+        return builder()
+    except OSError as error:
+        what = "files cannot be fetched or read" if fetches else "cannot be built"
+        raise UserError(f"{label}: its {what} ({_line(error)})") from error
+    except BUILD_ERRORS as error:
+        raise UserError(f"{label} cannot be built: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _unknown(label: str, name: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=3)
+    return f"no network {label}" + (f"; did you mean {' or '.join(near)}?" if near else "")
+
+
+def _warn_new_classifier(label: str, pretrained_classes: int, num_classes: int) -> None:
+    warnings.warn(
+        f"{label}: its pretrained classifier has {pretrained_classes} classes, the data set "
+        f"{num_classes}; the classifier starts untrained",
+        stacklevel=3,
+    )
+
+
+def _replace_classifiers(network: nn.Module, classes: int, num_classes: int) -> None:
+    """Put new layers in the place of those as wide as the old classes (auxiliary heads too)."""
+    for path, module in list(network.named_modules()):
+        if isinstance(module, nn.Linear) and module.out_features == classes:
+            _put(network, path, nn.Linear(module.in_features, num_classes))
+        elif isinstance(module, nn.Conv2d) and module.out_channels == classes:
+            _put(network, path, nn.Conv2d(module.in_channels, num_classes, 1))
+
+
+def _replace_first_convolution(network: nn.Module, in_channels: int) -> None:
+    path, first = next(
+        (path, module)
+        for path, module in network.named_modules()
+        if isinstance(module, nn.Conv2d) and module.in_channels == 3
+    )
+    replacement = nn.Conv2d(
+        in_channels,
+        first.out_channels,
+        first.kernel_size,
+        stride=first.stride,
+        padding=first.padding,
+        bias=first.bias is not None,
+    )
+    _put(network, path, replacement)
+
+
+def _put(network: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, child = path.rpartition(".")
+    setattr(network.get_submodule(parent), child, module)
