@@ -24,6 +24,7 @@ ALLOWED = (
     "transformers",
     "torch_geometric.nn",
     "open_clip",
+    "lightning.pytorch.loggers",
 )
 
 KEY = "_target_"

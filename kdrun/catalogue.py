@@ -1,0 +1,263 @@
+"""The config files there are: which groups, which choices, and what the files say of themselves.
+
+Reads YAML as text, so that ``ls``, ``show`` and completion need neither Hydra nor torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import functools
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kdrun.errors import UserError
+from kdrun.parameters import find_source
+
+ROLES = ("teacher", "student")
+GROUPS = ("method", "recipe", "dataset", "task", "training", *ROLES, "trainer", "logger")
+"""Config groups as they are typed; the two roles share the folder ``model``."""
+
+SWEEP_GROUPS = {"launcher": "sweep/hydra/launcher", "sweeper": "sweep/hydra/sweeper"}
+"""Groups that only ``-m`` reads, and their folders."""
+
+ENTRY_POINTS = "kdrun.config"
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """The config tree: kdrun's own folder, then the user's and those of installed plugins.
+
+    Attributes:
+        directories: roots with one folder per group; names must differ between roots.
+        packages: top-level packages of the plugins, from which targets may be built.
+    """
+
+    directories: tuple[Path, ...]
+    packages: tuple[str, ...] = ()
+
+    def choices(self, group: str) -> list[str]:
+        """Names of a group's configs, ``sub/name`` for one in a folder of its own."""
+        names = set()
+        for directory in self.directories:
+            root = directory / folder(group)
+            names |= {
+                path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml")
+            }
+        return sorted(names)
+
+    def path(self, group: str, name: str) -> Path:
+        """The file of a choice.
+
+        Raises:
+            UserError: there is no such choice.
+        """
+        for directory in self.directories:
+            file = directory / folder(group) / f"{name}.yaml"
+            if file.is_file():
+                return file
+        raise UserError(unknown_choice(group, name, self.choices(group)))
+
+    def defaults(self) -> dict[str, str]:
+        """The choice of each group in ``config.yaml``, by the name of the group as typed."""
+        root = load_yaml(self.directories[0] / "config.yaml")
+        pairs = [entry for entry in root["defaults"] if isinstance(entry, dict)]
+        return {typed_group(key): name for pair in pairs for key, name in pair.items()}
+
+    def group_folders(self) -> list[str]:
+        """Folders of all groups that have a config, ``table`` and the like included."""
+        found = {
+            path.name
+            for directory in self.directories
+            for path in directory.iterdir()
+            if path.is_dir() and path.name != "sweep" and any(path.rglob("*.yaml"))
+        }
+        return sorted(found)
+
+
+def folder(group: str) -> str:
+    """The folder of a group, relative to the root of the config tree."""
+    return "model" if group in ROLES else SWEEP_GROUPS.get(group, group)
+
+
+def typed_group(key: str) -> str:
+    """A group as users write it: ``model@student`` is ``student``."""
+    return key.removeprefix("model@")
+
+
+def open_catalogue(extra: Iterable[str | Path] = ()) -> Catalogue:
+    """Shipped configs, those of ``extra`` folders (``--config-dir``), and those of plugins.
+
+    Raises:
+        UserError: a folder does not exist, or a config has the name of another.
+    """
+    directories, packages = [shipped()], []
+    for given in extra:
+        directory = Path(given).expanduser().resolve()
+        if not directory.is_dir():
+            raise UserError(f"--config-dir {given}: no such folder")
+        directories.append(directory)
+    for package in plugin_packages():
+        source = find_source(package)
+        if source is None:
+            raise UserError(f"the entry point {ENTRY_POINTS} names {package}, which is not there")
+        directories.append(source.parent)
+        packages.append(package.split(".")[0])
+    catalogue = Catalogue(tuple(dict.fromkeys(directories)), tuple(packages))
+    _refuse_doubles(catalogue)
+    return catalogue
+
+
+@functools.cache
+def shipped() -> Path:
+    """kdrun's own config tree: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
+@functools.cache
+def plugin_packages() -> tuple[str, ...]:
+    """Packages named by the entry points ``kdrun.config`` of whatever is installed.
+
+    The files are read directly: importing ``importlib.metadata`` takes longer than this.
+    """
+    packages = []
+    for place in dict.fromkeys(sys.path):
+        for file in sorted(Path(place or ".").glob("*.dist-info/entry_points.txt")):
+            text = file.read_text(encoding="utf-8")
+            _, found, section = text.partition(f"[{ENTRY_POINTS}]")
+            if found:
+                lines = section.split("\n[")[0].splitlines()
+                packages += [line.partition("=")[2].strip() for line in lines if "=" in line]
+    return tuple(dict.fromkeys(packages))
+
+
+def _refuse_doubles(catalogue: Catalogue) -> None:
+    shipped_tree, *others = catalogue.directories
+    for directory in others:
+        for name in catalogue.group_folders():
+            for path in sorted((directory / name).rglob("*.yaml")):
+                relative = path.relative_to(directory)
+                if (shipped_tree / relative).exists():
+                    raise UserError(f"{path}: kdrun itself has {relative}; rename this one")
+
+
+# -- names ----------------------------------------------------------------------------------------
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str | None:
+    """The candidate that ``name`` was most likely meant to be, if any is near."""
+    candidates = list(candidates)
+    lower = {candidate.lower(): candidate for candidate in reversed(candidates)}
+    if name.lower() in lower:
+        return lower[name.lower()]
+    found = difflib.get_close_matches(name.lower(), list(lower), n=1, cutoff=0.6)
+    return lower[found[0]] if found else None
+
+
+def listing(names: Iterable[str], limit: int = 12, more: str = "") -> str:
+    """Names for the end of an error line, capped: ``a, b, c and 9 more``."""
+    names = list(names)
+    text = ", ".join(names[:limit])
+    if len(names) <= limit:
+        return text
+    return f"{text} and {len(names) - limit} more{f': {more}' if more else ''}"
+
+
+def unknown_choice(group: str, name: str, choices: list[str]) -> str:
+    """The line for a choice that does not exist."""
+    meant = nearest(name, choices)
+    hint = f" Did you mean {group}={meant}?" if meant else ""
+    plural = PLURALS.get(group, f"{group}s")
+    options = listing(choices, more=f"kdrun ls {plural}") if choices else "none"
+    return f"{group}={name}: no such {group}.{hint} ({plural}: {options})"
+
+
+PLURALS = {"teacher": "models", "student": "models"}
+
+
+# -- what files say -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a config file: ``key: value  # comment``."""
+
+    key: str
+    value: str
+    comment: str
+
+
+def description(path: Path) -> str:
+    """The first comment line of a config."""
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if line.startswith("#") and not line.startswith("# @package"):
+                return line.lstrip("# ").strip()
+            if line.strip() and not line.startswith("#"):
+                break
+    return ""
+
+
+def target_of(path: Path) -> str | None:
+    """The ``_target_`` at the top level of a config."""
+    return next((entry.value for entry in entries(path) if entry.key == "_target_"), None)
+
+
+def entries(path: Path) -> Iterator[Entry]:
+    """The leaves of a config with their dotted keys, values as written, and comments."""
+    import yaml
+
+    text = path.read_text(encoding="utf-8")
+    lines = text.splitlines()
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    if isinstance(root, yaml.MappingNode):
+        yield from _leaves(root, "", text, lines)
+
+
+def _leaves(node, prefix: str, text: str, lines: list[str]) -> Iterator[Entry]:
+    for key_node, value_node in node.value:
+        key = f"{prefix}{key_node.value}"
+        if key_node.value == "defaults" and not prefix:
+            continue
+        block = value_node.tag.endswith(":map") and not value_node.flow_style
+        if block and value_node.value:
+            yield from _leaves(value_node, f"{key}.", text, lines)
+            continue
+        end = value_node.end_mark
+        value = " ".join(text[value_node.start_mark.index : end.index].split())
+        rest = lines[end.line][end.column :] if end.line < len(lines) else ""
+        yield Entry(key, value, _comment(rest) or _comment_above(key_node.start_mark.line, lines))
+
+
+def _comment(rest: str) -> str:
+    before, mark, comment = rest.partition("#")
+    return comment.strip() if mark and not before.strip() else ""
+
+
+def _comment_above(line: int, lines: list[str]) -> str:
+    found: list[str] = []
+    for above in reversed(lines[:line]):
+        if not above.strip().startswith("#"):
+            break
+        found.insert(0, above.strip().lstrip("# "))
+    # The comment at the top of a file describes the file.
+    return " ".join(found) if len(found) < line else ""
+
+
+def load_yaml(path: Path) -> Any:
+    """The content of a YAML file as plain values."""
+    import yaml
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    return yaml.load(path.read_text(encoding="utf-8"), loader)
+
+
+def matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
+    """Names that match any glob pattern; a pattern without wildcards matches anywhere inside."""
+    patterns = [p if any(c in p for c in "*?[") else f"*{p}*" for p in patterns]
+    return [n for n in names if not patterns or any(fnmatch.fnmatch(n, p) for p in patterns)]

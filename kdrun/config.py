@@ -1,0 +1,303 @@
+"""From what was typed to a checked configuration; all mistakes at once, without importing torch."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kdrun.catalogue import GROUPS, ROLES, Catalogue, typed_group, unknown_choice
+from kdrun.checks import check, unknown_option
+from kdrun.constraints import conflicts
+from kdrun.errors import ConfigErrors
+from kdrun.overrides import Override, network_choice, parse, typed_packages
+from kdrun.parameters import complaint
+from kdrun.targets import KEY, signature_of
+
+
+@dataclass(frozen=True)
+class Config:
+    """A configuration that may be run.
+
+    Attributes:
+        values: the resolved tree, plain values only.
+        names: the choice made in each group, as typed.
+        changes: what differs from the defaults, as lines ``key: old -> new``.
+    """
+
+    values: dict[str, Any]
+    names: dict[str, str]
+    changes: list[str]
+
+
+def compose(words: Sequence[str], catalogue: Catalogue) -> Config:
+    """Compose and check the configuration of one run.
+
+    Args:
+        words: ``key=value`` words.
+        catalogue: the config files there are.
+
+    Raises:
+        ConfigErrors: with one line for each thing that is wrong.
+    """
+    overrides, problems = parse(words, catalogue)
+    for override in overrides:
+        if override.is_sweep:
+            problems.append(several_values(override))
+    overrides = [override for override in overrides if not override.is_sweep]
+    return compose_parsed(overrides, catalogue, problems)
+
+
+def compose_parsed(
+    overrides: Sequence[Override], catalogue: Catalogue, problems: Sequence[str] = ()
+) -> Config:
+    """``compose`` for words that were read already; ``problems`` are reported with the rest."""
+    problems = list(problems)
+    choices, entries, broken = _choose(overrides, catalogue, problems)
+    base, names = _base(choices, catalogue.directories)
+    names |= {o.key: o.value for o in overrides if o.is_choice and o.key not in broken}
+    values = copy.deepcopy(base)
+    values["allow_packages"] = list(
+        dict.fromkeys([*values["allow_packages"], *catalogue.packages, *typed_packages(overrides)])
+    )
+    for role, fixed in entries.items():
+        values[role] |= fixed
+    changes = _changed_choices(overrides, catalogue.defaults(), broken)
+    for override in overrides:
+        if override.is_choice or override.key.split(".")[0] in broken:
+            continue
+        problem = _apply(values, override.key, override.value, names, changes)
+        if problem:
+            problems.append(problem)
+    values, unresolved = _resolve(values)
+    problems += unresolved
+    if not unresolved:
+        found = check(values, names, values["allow_packages"])
+        problems += [line for line in found if line.split(".")[0] not in broken]
+    if not problems:
+        problems = list(conflicts(values))
+    if problems:
+        raise ConfigErrors(problems)
+    return Config(values, names, changes)
+
+
+def several_values(override: Override) -> str:
+    """The line for a sweep where one run was asked for."""
+    text = override.word.partition("=")[2]
+    return (
+        f"{override.word}: several values need -m (kdrun -m ...); "
+        f"a list is written {override.key}=[{text}]"
+    )
+
+
+# -- choices ---------------------------------------------------------------------------------------
+
+
+def _choose(
+    overrides: Sequence[Override], catalogue: Catalogue, problems: list[str]
+) -> tuple[tuple[tuple[str, str], ...], dict[str, dict[str, str]], set[str]]:
+    """Hydra's group choices, entries to set for networks from outside, and groups gone wrong."""
+    choices, entries, broken = [], {}, set()
+    for override in overrides:
+        if not override.is_choice:
+            continue
+        available = catalogue.choices(override.key)
+        name = override.value
+        if override.key in ROLES:
+            name, entries[override.key] = network_choice(name, available)
+        if name not in available:
+            problems.append(unknown_choice(override.key, name, available))
+            broken.add(override.key)
+            entries.pop(override.key, None)
+            continue
+        choices.append((override.key, name))
+    return tuple(choices), entries, broken
+
+
+def _changed_choices(
+    overrides: Sequence[Override], defaults: Mapping[str, str], broken: set[str]
+) -> list[str]:
+    return [
+        f"{o.key}: {defaults.get(o.key)} -> {o.value}"
+        for o in overrides
+        if o.is_choice and o.key not in broken and defaults.get(o.key) != o.value
+    ]
+
+
+@functools.lru_cache(maxsize=64)
+def _base(
+    choices: tuple[tuple[str, str], ...], directories: tuple[Path, ...]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The tree that Hydra composes for these choices, unresolved, and all groups' choices."""
+    import yaml
+    from omegaconf import OmegaConf, open_dict
+    from omegaconf.errors import OmegaConfBaseException
+
+    with _hydra(directories[0]) as hydra_compose:
+        from hydra.errors import HydraException
+
+        words = [f"{'model@' if group in ROLES else ''}{group}={name}" for group, name in choices]
+        if len(directories) > 1:
+            others = ",".join(f"'file://{directory}'" for directory in directories[1:])
+            words.append(f"hydra.searchpath=[{others}]")
+        try:
+            tree = hydra_compose("config", words, return_hydra_config=True)
+        except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+            message = " ".join(str(error.__cause__ or error).split())
+            raise ConfigErrors([f"the config files do not compose: {message[:300]}"]) from error
+    names = {
+        typed_group(key.split("@_global_.")[-1]): name
+        for key, name in tree.hydra.runtime.choices.items()
+        if not key.startswith("hydra/")
+    }
+    with open_dict(tree):
+        del tree["hydra"]
+    return OmegaConf.to_container(tree, resolve=False), names
+
+
+@contextmanager
+def _hydra(directory: Path) -> Iterator[Any]:
+    """Hydra's ``compose`` over a folder, whatever else in the process uses Hydra (a sweep does).
+
+    Its plugins (launchers, sweepers) are of no use to one run and take a third of its start-up
+    time to be looked for, so they stay out of sight.
+    """
+    hidden = "hydra_plugins" not in sys.modules
+    if hidden:
+        sys.modules["hydra_plugins"] = None  # type: ignore[assignment]
+    try:
+        from hydra import compose as hydra_compose
+        from hydra import initialize_config_dir
+        from hydra.core.global_hydra import GlobalHydra
+
+        outer = GlobalHydra.instance().hydra
+        GlobalHydra.instance().clear()
+        try:
+            with initialize_config_dir(str(directory), job_name="kdrun", version_base="1.3"):
+                yield hydra_compose
+        finally:
+            GlobalHydra.instance().hydra = outer
+    finally:
+        if hidden:
+            del sys.modules["hydra_plugins"]
+
+
+# -- values ----------------------------------------------------------------------------------------
+
+
+def _apply(
+    values: dict[str, Any], key: str, value: Any, names: Mapping[str, str], changes: list[str]
+) -> str | None:
+    """Set one value in the tree; returns the line that says why it cannot be."""
+    *path, last = key.split(".")
+    node: Any = values
+    for depth, part in enumerate(path):
+        if not isinstance(node, dict) or part not in node:
+            return _unknown(values, node, ".".join(path[: depth + 1]), names, rest=key)
+        if node[part] is None and _takes_mapping(node, part):
+            node[part] = {last: value}
+            changes.append(f"{key}: unset -> {spell(value)}")
+            return None
+        node = node[part]
+    if not isinstance(node, dict):
+        return f"{key}: {'.'.join(path)} has no options inside, its value is {spell(node)}"
+    if last not in node and not _may_be_added(node, last):
+        return _unknown(values, node, key, names)
+    old = node.get(last, "unset")
+    if isinstance(value, dict) and isinstance(old, dict) and KEY not in value:
+        lines = [_apply(values, f"{key}.{k}", v, names, changes) for k, v in value.items()]
+        return "\n".join(filter(None, lines)) or None
+    if isinstance(old, dict) and not isinstance(value, dict) and value is not None:
+        return f"{key}: is a group of options, set one of them ({', '.join(old)})"
+    if old != value or type(old) is not type(value):
+        changes.append(f"{key}: {spell(old)} -> {spell(value)}")
+    node[last] = value
+    return None
+
+
+def _may_be_added(node: Mapping[str, Any], name: str) -> bool:
+    """Whether a config entry that is not there is an argument of the class all the same."""
+    if KEY not in node or not isinstance(node[KEY], str):
+        return False
+    signature = signature_of(node[KEY])
+    if signature is None:
+        return True  # No source to read: checked when the class is built.
+    ours = node[KEY].startswith(("kdrun.", "lightning."))
+    return name in signature.parameters or (signature.takes_any_keyword and not ours)
+
+
+def _takes_mapping(node: Mapping[str, Any], name: str) -> bool:
+    """Whether an argument that is null may hold options of its own."""
+    if not isinstance(node.get(KEY), str):
+        return False
+    signature = signature_of(node[KEY])
+    known = signature.parameters.get(name) if signature else None
+    return known is not None and complaint({}, known.annotation) is None
+
+
+def _unknown(
+    values: Mapping[str, Any], node: Any, place: str, names: Mapping[str, str], rest: str = ""
+) -> str:
+    """The line for a key that is not there."""
+    if place == "model" or place.startswith("model."):
+        return f"{rest or place}: say which network is meant: teacher or student instead of model"
+    options = dict.fromkeys(key for key in node if key != KEY) if isinstance(node, dict) else {}
+    if isinstance(node, dict) and isinstance(node.get(KEY), str):
+        signature = signature_of(node[KEY])
+        options |= dict.fromkeys(signature.parameters if signature else ())
+    if not options and place.split(".")[0] in GROUPS:
+        return f"{rest or place}: {names.get(place.split('.')[0], place)} has no options"
+    leaf = (rest or place).rpartition(".")[2]
+    same = [path for path in _paths(values) if path.rpartition(".")[2] == leaf]
+    group = place.split(".")[0] if place.count(".") == 1 else place.rpartition(".")[0]
+    owner = names.get(group, group)
+    return unknown_option(place, options, owner, same[0] if same else None)
+
+
+def _paths(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in node.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _paths(value, f"{prefix}{key}.")
+
+
+def _resolve(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Replace ``${...}`` by what it refers to."""
+    if not any("${" in text for text in _texts(values)):
+        return values, []
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    tree = OmegaConf.create(values)
+    try:
+        return OmegaConf.to_container(tree, resolve=True), []
+    except OmegaConfBaseException as error:
+        place = getattr(error, "full_key", None) or "config"
+        return values, [f"{place}: {' '.join(str(error).split('full_key')[0].split())}"]
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _texts(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+
+
+def spell(value: Any) -> str:
+    """A value as it would be typed."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list):
+        return f"[{','.join(map(spell, value))}]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{spell(item)}" for key, item in value.items()) + "}"
+    return str(value)

@@ -1,0 +1,83 @@
+"""Combinations of options that cannot work, each with the option to change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+
+def conflicts(config: Mapping[str, Any]) -> Iterator[str]:
+    """Lines for what does not go together in a config whose single values are all valid."""
+    training, trainer = config["training"], config["trainer"]
+    yield from _schedule(training, "training")
+    different = {key: value for key, value in training["teacher"].items() if value is not None}
+    if different:
+        yield from _schedule({**training, **different}, "training.teacher", training)
+    yield from _batches(training["batch_size"], trainer, "training.batch_size")
+    if training["teacher"]["batch_size"] is not None:
+        yield from _batches(different["batch_size"], trainer, "training.teacher.batch_size")
+    yield from _devices(trainer)
+    teacher = config["teacher"]
+    pretrained = teacher["checkpoint"] or teacher.get("pretrained")
+    if teacher["finetune"] and not pretrained:
+        yield "teacher.finetune: there are no weights to start from; give teacher.checkpoint"
+    if teacher["checkpoint"] and teacher.get("pretrained"):
+        yield "teacher.checkpoint: teacher.pretrained=true gives weights too; choose one of them"
+
+
+def _schedule(
+    training: Mapping[str, Any], place: str, student: Mapping[str, Any] | None = None
+) -> Iterator[str]:
+    """``place`` is where the settings are changed that are not as in ``student``."""
+    epochs, schedule = training["epochs"], training["scheduler"]
+
+    def option(name: str) -> str:
+        own = student is None or training[name] != student[name]
+        return f"{place if own else 'training'}.{name}"
+
+    scheduler = option("scheduler")
+    milestones, name = schedule["milestones"], schedule["name"]
+    if name == "multistep":
+        if not milestones:
+            yield f"{scheduler}.milestones: multistep needs at least one epoch, e.g. [150,180,210]"
+        if sorted(set(milestones)) != list(milestones):
+            yield f"{scheduler}.milestones: must rise, got {milestones}"
+        late = [epoch for epoch in milestones if epoch >= epochs]
+        if late:
+            yield (
+                f"{scheduler}.milestones: {late} lie beyond the last of {epochs} epochs; "
+                f"set {option('epochs')} above {max(late)} or change them"
+            )
+    if schedule["warmup_epochs"] >= epochs:
+        yield (
+            f"{scheduler}.warmup_epochs: {schedule['warmup_epochs']:g} leaves nothing of {epochs} "
+            f"epochs; set it below {option('epochs')}"
+        )
+    peak = training["optimizer"].get("lr")
+    if name in ("linear", "cosine") and peak is not None and schedule["min_lr"] > peak:
+        rate = f"{option('optimizer')}.lr={peak:g}"
+        yield f"{scheduler}.min_lr: {schedule['min_lr']:g} is above {rate}"
+
+
+def _batches(batch_size: int, trainer: Mapping[str, Any], place: str) -> Iterator[str]:
+    processes = trainer["devices"] * trainer["num_nodes"]
+    if batch_size % processes:
+        yield (
+            f"{place}: {batch_size} cannot be divided among {processes} processes; "
+            f"change it or trainer.devices"
+        )
+    elif (batch_size // processes) % trainer["accumulate"]:
+        yield (
+            f"trainer.accumulate: {trainer['accumulate']} does not divide the "
+            f"{batch_size // processes} samples of a process; change it or {place}"
+        )
+
+
+def _devices(trainer: Mapping[str, Any]) -> Iterator[str]:
+    processes = trainer["devices"] * trainer["num_nodes"]
+    if trainer["accelerator"] == "mps" and processes > 1:
+        yield "trainer.devices: an mps machine has one device; set 1"
+    if trainer["strategy"] == "fsdp" and processes == 1:
+        yield "trainer.strategy: fsdp divides networks among processes; set trainer.devices above 1"
+    if trainer["precision"] == 64 and trainer["accelerator"] == "mps":
+        yield "trainer.precision: mps has no 64-bit numbers; set 32"
