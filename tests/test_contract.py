@@ -30,7 +30,7 @@ SAMPLES = 16
 NOW = Progress(epoch=1, epochs=3, step=2, steps=6)
 
 
-# -- tiny networks and data of each task ------------------------------------------------------------
+# -- tiny networks and data of each task ---------------------------------------------------------
 
 
 class Case(typing.NamedTuple):
@@ -112,7 +112,7 @@ def evaluation_mode(session: Session) -> None:
     session.method.eval()
 
 
-# -- config, signature, documentation ----------------------------------------------------------------
+# -- config, signature, documentation ------------------------------------------------------------
 
 
 def test_every_method_is_found() -> None:
@@ -190,7 +190,7 @@ def test_methods_know_nothing_of_the_engine(name: str) -> None:
             assert module.split(".")[0] not in ("lightning", "hydra", "omegaconf"), module
 
 
-# -- a step ---------------------------------------------------------------------------------------------
+# -- a step --------------------------------------------------------------------------------------
 
 
 @each_task
