@@ -89,13 +89,16 @@ class BatchMaker:
         self.size, self.shape, self.options = size, shape, options
         self.normalisation = preprocessing.normalisation
         self.num_classes = preprocessing.num_classes
-        self.mix = preprocessing.mix if options.augment else None
-        augmentation = preprocessing.augmentation if options.augment else None
-        if augmentation is not None and not augmentation.changes_images:
-            augmentation = None
-        self.changes: dict[str, Augmentation | None] = {INPUTS: augmentation}
-        self.changes |= {name: preprocessing.views[name] for name in options.views}
+        mix = preprocessing.mix
+        self.mix = mix if options.augment and mix and mix.mixes else None
+        wanted = {INPUTS: preprocessing.augmentation}
+        wanted |= {name: preprocessing.views[name] for name in options.views}
+        self.changes: dict[str, Augmentation | None] = {
+            name: change if options.augment and change and change.changes_images else None
+            for name, change in wanted.items()
+        }
         self._plans: dict[int, Plan] = {}
+        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
 
     @property
     def changes_nothing(self) -> bool:
@@ -109,6 +112,12 @@ class BatchMaker:
                 self._plans.pop(next(iter(self._plans)))
             self._plans[epoch] = self._draw(epoch)
         return self._plans[epoch]
+
+    def order(self, epoch: int) -> Tensor:
+        """The order of the samples in an epoch, ``(N,)`` int64 on the CPU; the last is kept."""
+        if self._order[0] != epoch:
+            self._order = (epoch, self.options.order(self.size, epoch))
+        return self._order[1]
 
     def span(self, position: int) -> Span:
         """Which places of the epoch's order this rank needs for batch ``position``.
@@ -160,8 +169,7 @@ class BatchMaker:
         return x.to(dtype, memory_format=_FORMAT[channels_last])
 
     def _draw(self, epoch: int) -> Plan:
-        device = self.options.device
-        order = self.options.order(self.size, epoch)
+        device, order = self.options.device, self.order(epoch)
         draws = {}
         for name, augmentation in self.changes.items():
             if augmentation is not None:

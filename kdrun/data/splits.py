@@ -60,9 +60,15 @@ def long_tail(target: Tensor, imbalance: float, *, seed: int = 0) -> Tensor:
     return _take(target, torch.minimum(share, available), seed)[0]
 
 
-def keep_classes(target: Tensor, classes: list[int]) -> tuple[Tensor, Tensor]:
-    """The rows of the given classes, and their class ids renumbered in the order given."""
-    renumbered = torch.full((int(target.max()) + 1,), -1, dtype=torch.int64)
+def keep_classes(target: Tensor, classes: list[int], total: int) -> tuple[Tensor, Tensor]:
+    """The rows of the given classes, and their class ids renumbered in the order given.
+
+    Args:
+        target: class ids in [0, total).
+        classes: the ids to keep.
+        total: number of classes there are.
+    """
+    renumbered = torch.full((total,), -1, dtype=torch.int64)
     renumbered[torch.tensor(classes)] = torch.arange(len(classes))
     new_target = renumbered[target]
     rows = (new_target >= 0).nonzero().flatten()

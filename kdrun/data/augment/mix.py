@@ -45,6 +45,11 @@ class Mix:
         self.mixup, self.cutmix = mixup, cutmix
         self.probability, self.target = probability, target
 
+    @property
+    def mixes(self) -> bool:
+        """Whether anything is on."""
+        return bool((self.mixup or self.cutmix) and self.probability)
+
     def __call__(self, batch: Batch, num_classes: int, *words: int) -> Batch:
         """The batch without its first sample, every other one mixed with the one before it.
 
@@ -57,7 +62,7 @@ class Mix:
         random = np.random.default_rng(stream_seed(*words))
         mine = batch.rows(slice(1, None))
         share, inputs, partner = 1.0, mine.inputs, batch.inputs[:-1]
-        if (self.mixup or self.cutmix) and random.random() < self.probability:
+        if self.mixes and random.random() < self.probability:
             cut = not self.mixup or (self.cutmix and random.random() < 0.5)
             alpha = self.cutmix if cut else self.mixup
             share = float(random.beta(alpha, alpha))

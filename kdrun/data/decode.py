@@ -1,0 +1,98 @@
+"""From encoded images to arrays of one size."""
+
+from __future__ import annotations
+
+import io
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kdrun.data.sources import ImageSource
+from kdrun.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MODES = {1: "L", 3: "RGB"}
+
+
+def decode(source: ImageSource, number: int, channels: int) -> Image:
+    """One image, converted to grey (1 channel) or RGB (3).
+
+    Raises:
+        UserError: if it cannot be decoded; names the file or row.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(source.read(number))) as image:
+            return image.convert(MODES[channels])
+    except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:
+        raise UserError(f"cannot decode {source.where(number)}: {error}") from error
+
+
+def resize_and_crop(image: Image, resize: int, size: int) -> Image:
+    """Shorter side to ``resize`` pixels (bilinear, antialiased), then the central square.
+
+    The usual evaluation transform; equals torchvision's ``Resize`` and ``CenterCrop``.
+    """
+    from torchvision.transforms.v2 import functional
+
+    resized = functional.resize(image, [resize])
+    return functional.center_crop(resized, [size, size])
+
+
+def to_array(image: Image) -> np.ndarray:
+    """``(C, H, W)`` uint8."""
+    array = np.asarray(image)
+    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+
+
+def decode_all(
+    source: ImageSource, out: np.ndarray, *, size: int | None, resize: int | None
+) -> None:
+    """Decode a whole source into ``out`` ``(N, C, H, W)`` uint8, on all cores.
+
+    Args:
+        source: the images.
+        out: the result, of the right shape.
+        size: side of the central square; None keeps images as they are.
+        resize: the shorter side before that; None: ``size``.
+
+    Raises:
+        UserError: if an image cannot be decoded or differs in size.
+    """
+    channels = out.shape[1]
+
+    def fill(number: int) -> None:
+        image = decode(source, number, channels)
+        if size is not None and image.size != (size, size):
+            image = resize_and_crop(image, resize or size, size)
+        array = to_array(image)
+        if array.shape != out.shape[1:]:
+            raise UserError(
+                f"{source.where(number)} is {image.size[0]}x{image.size[1]}, the first image is "
+                f"{out.shape[3]}x{out.shape[2]}: set dataset.image_size"
+            )
+        out[number] = array
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in pool.map(fill, range(out.shape[0]), chunksize=256):
+            pass
+
+
+def check_memory(shape: tuple[int, ...]) -> None:
+    """Refuse to hold uint8 images of this total shape in a machine that is too small.
+
+    Raises:
+        UserError: if they need more than half of the memory.
+    """
+    needed = int(np.prod(shape, dtype=np.int64))
+    present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > present / 2:
+        raise UserError(
+            f"{shape[0]} images of {shape[3]}x{shape[2]} need {needed / 2**30:.0f} GiB of the "
+            f"{present / 2**30:.0f} GiB here: set dataset.storage=stream"
+        )
