@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from kdrun import schema
@@ -100,18 +100,21 @@ class _Checker:
             signature = signature_of(target)
             open_ended = signature is None or signature.takes_any_keyword
             arguments = signature.parameters if signature else None
+            if arguments and not required_beside:
+                beside = {key: kind for key, kind in beside.items() if key in arguments}
         elif place != "logger":
             yield f"{place}: has no {KEY}"
             return
         else:
             open_ended = False
         known = {**beside, **(arguments or {})}
+        offered = [key for key in known if key != "params"]
         for key in list(node):
             if key == KEY:
                 continue
             if key not in known:
                 if not open_ended:
-                    yield unknown_option(f"{place}.{key}", known, self.owner(place, node))
+                    yield unknown_option(f"{place}.{key}", offered, self.owner(place, node))
                 continue
             if key in beside:
                 yield from self.value(node, key, beside[key], f"{place}.{key}")
@@ -164,7 +167,7 @@ def _is_union(annotation: Any) -> bool:
 
 
 def unknown_option(
-    place: str, options: Mapping[str, Any], owner: str = "", elsewhere: str | None = None
+    place: str, options: Iterable[str], owner: str = "", elsewhere: str | None = None
 ) -> str:
     """The line for an option that does not exist, with the nearest one that does.
 
@@ -175,6 +178,7 @@ def unknown_option(
         elsewhere: a dotted key elsewhere in the config that may be meant.
     """
     prefix, dot, last = place.rpartition(".")
+    options = list(options)
     meant = nearest(last, options)
     suggestion = f"{prefix}{dot}{meant}" if meant else elsewhere
     hint = f" Did you mean {suggestion}?" if suggestion else ""

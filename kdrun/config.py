@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdrun.catalogue import GROUPS, ROLES, Catalogue, typed_group, unknown_choice
+from kdrun.catalogue import ROLES, Catalogue, typed_group, unknown_choice
 from kdrun.checks import check, unknown_option
 from kdrun.constraints import conflicts
 from kdrun.errors import ConfigErrors
@@ -67,13 +67,14 @@ def compose_parsed(
     )
     for role, fixed in entries.items():
         values[role] |= fixed
-    changes = _changed_choices(overrides, catalogue.defaults(), broken)
+    editor = _Editor(values, names)
     for override in overrides:
         if override.is_choice or override.key.split(".")[0] in broken:
             continue
-        problem = _apply(values, override.key, override.value, names, changes)
+        problem = editor.set(override.key, override.value)
         if problem:
             problems.append(problem)
+    changes = _changed_choices(overrides, catalogue.defaults(), broken) + editor.changes
     values, unresolved = _resolve(values)
     problems += unresolved
     if not unresolved:
@@ -190,39 +191,67 @@ def _hydra(directory: Path) -> Iterator[Any]:
 # -- values ----------------------------------------------------------------------------------------
 
 
-def _apply(
-    values: dict[str, Any], key: str, value: Any, names: Mapping[str, str], changes: list[str]
-) -> str | None:
-    """Set one value in the tree; returns the line that says why it cannot be."""
-    *path, last = key.split(".")
-    node: Any = values
-    for depth, part in enumerate(path):
-        if not isinstance(node, dict) or part not in node:
-            return _unknown(values, node, ".".join(path[: depth + 1]), names, rest=key)
-        if node[part] is None and _takes_mapping(node, part):
-            node[part] = {last: value}
-            changes.append(f"{key}: unset -> {spell(value)}")
-            return None
-        node = node[part]
-    if not isinstance(node, dict):
-        return f"{key}: {'.'.join(path)} has no options inside, its value is {spell(node)}"
-    if last not in node and not _may_be_added(node, last):
-        return _unknown(values, node, key, names)
-    old = node.get(last, "unset")
-    if isinstance(value, dict) and isinstance(old, dict) and KEY not in value:
-        lines = [_apply(values, f"{key}.{k}", v, names, changes) for k, v in value.items()]
-        return "\n".join(filter(None, lines)) or None
-    if isinstance(old, dict) and not isinstance(value, dict) and value is not None:
-        return f"{key}: is a group of options, set one of them ({', '.join(old)})"
-    if old != value or type(old) is not type(value):
-        changes.append(f"{key}: {spell(old)} -> {spell(value)}")
-    node[last] = value
-    return None
+class _Editor:
+    """Sets typed values in a composed tree.
+
+    Attributes:
+        values: the tree.
+        names: the choice in each group, for messages.
+        changes: lines ``key: old -> new`` of what was set.
+    """
+
+    def __init__(self, values: dict[str, Any], names: Mapping[str, str]) -> None:
+        self.values, self.names = values, names
+        self.changes: list[str] = []
+        self._free: set[str] = set()
+
+    def set(self, key: str, value: Any) -> str | None:
+        """Set one value; returns the line that says why it cannot be."""
+        *path, last = key.split(".")
+        node: Any = self.values
+        for depth, part in enumerate(path):
+            place = ".".join(path[: depth + 1])
+            if not isinstance(node, dict) or part not in node:
+                return self._unknown(node, place, typed=key)
+            if not node[part] and _takes_mapping(node, part):
+                node[part] = {}
+                self._free.add(place)
+            node = node[part]
+        place = ".".join(path)
+        if not isinstance(node, dict):
+            return f"{key}: {place} has no options inside, its value is {spell(node)}"
+        if last not in node and place not in self._free and not _may_be_added(node, last):
+            return self._unknown(node, key)
+        old = node.get(last, "unset")
+        if isinstance(old, dict) and isinstance(value, dict) and KEY not in value:
+            lines = [self.set(f"{key}.{name}", item) for name, item in value.items()]
+            return "\n".join(filter(None, lines)) or None
+        if isinstance(old, dict) and not isinstance(value, dict) and value is not None:
+            return f"{key}: is a group of options, set one of them ({', '.join(old)})"
+        if old != value or type(old) is not type(value):
+            self.changes.append(f"{key}: {spell(old)} -> {spell(value)}")
+        node[last] = value
+        return None
+
+    def _unknown(self, node: Any, place: str, typed: str = "") -> str:
+        """The line for a key that is not there; ``typed`` is the longer key it is the start of."""
+        typed = typed or place
+        if place.split(".")[0] == "model":
+            return f"{typed}: say which network is meant: teacher or student instead of model"
+        options = dict.fromkeys(key for key in node if key != KEY)
+        if isinstance(node.get(KEY), str):
+            signature = signature_of(node[KEY])
+            options |= dict.fromkeys(signature.parameters if signature else ())
+        leaf = typed.rpartition(".")[2]
+        elsewhere = [path for path in _paths(self.values) if path.rpartition(".")[2] == leaf]
+        section = place.rpartition(".")[0]
+        owner = self.names.get(section, section)
+        return unknown_option(place, options, owner, elsewhere[0] if elsewhere else None)
 
 
 def _may_be_added(node: Mapping[str, Any], name: str) -> bool:
     """Whether a config entry that is not there is an argument of the class all the same."""
-    if KEY not in node or not isinstance(node[KEY], str):
+    if not isinstance(node.get(KEY), str):
         return False
     signature = signature_of(node[KEY])
     if signature is None:
@@ -232,31 +261,16 @@ def _may_be_added(node: Mapping[str, Any], name: str) -> bool:
 
 
 def _takes_mapping(node: Mapping[str, Any], name: str) -> bool:
-    """Whether an argument that is null may hold options of its own."""
+    """Whether an argument that is null or empty may hold options of its own, whatever they are."""
     if not isinstance(node.get(KEY), str):
         return False
     signature = signature_of(node[KEY])
     known = signature.parameters.get(name) if signature else None
-    return known is not None and complaint({}, known.annotation) is None
-
-
-def _unknown(
-    values: Mapping[str, Any], node: Any, place: str, names: Mapping[str, str], rest: str = ""
-) -> str:
-    """The line for a key that is not there."""
-    if place == "model" or place.startswith("model."):
-        return f"{rest or place}: say which network is meant: teacher or student instead of model"
-    options = dict.fromkeys(key for key in node if key != KEY) if isinstance(node, dict) else {}
-    if isinstance(node, dict) and isinstance(node.get(KEY), str):
-        signature = signature_of(node[KEY])
-        options |= dict.fromkeys(signature.parameters if signature else ())
-    if not options and place.split(".")[0] in GROUPS:
-        return f"{rest or place}: {names.get(place.split('.')[0], place)} has no options"
-    leaf = (rest or place).rpartition(".")[2]
-    same = [path for path in _paths(values) if path.rpartition(".")[2] == leaf]
-    group = place.split(".")[0] if place.count(".") == 1 else place.rpartition(".")[0]
-    owner = names.get(group, group)
-    return unknown_option(place, options, owner, same[0] if same else None)
+    return (
+        known is not None
+        and known.annotation is not Any
+        and complaint({}, known.annotation) is None
+    )
 
 
 def _paths(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

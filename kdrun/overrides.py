@@ -99,6 +99,10 @@ def parse_word(word: str, catalogue: Catalogue) -> Override:
         return Override(key, None, word, tuple(values), interval)
     value = parsed.value()
     if key in GROUPS:
+        if isinstance(value, (dict, list)):
+            raise UserError(
+                f"{word}: names one of the {key} configs; set its options as {key}.x=..."
+            )
         value = value if isinstance(value, str) else text
     return Override(key, value, word)
 

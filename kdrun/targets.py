@@ -150,3 +150,11 @@ def _absolute(node: ast.ImportFrom, module: str, is_package: bool) -> str:
     parents = module.split(".")
     parents = parents[: len(parents) - node.level + (1 if is_package else 0)]
     return ".".join([*parents, node.module] if node.module else parents)
+
+
+def class_body(target: str) -> list[ast.stmt]:
+    """The statements of a class's body, from its source; empty where it is not found."""
+    module, _, name = target.rpartition(".")
+    tree = _parse(module)
+    found = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name] if tree else []
+    return found[0].body if found else []

@@ -1,0 +1,141 @@
+"""Finished and interrupted runs, as their directories tell: continue one, compare two; no torch."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from kdrun.browse import columns
+from kdrun.catalogue import Catalogue, load_yaml
+from kdrun.config import Config, compose, spell
+from kdrun.errors import UserError
+
+CONFIG, ENVIRONMENT, RESULT = "config.yaml", "env.json", "result.json"
+
+PLACE = ("output_dir", "rerun", "dry", "logger", "allow_packages")
+"""Config entries that may differ between two sittings of the same run."""
+
+
+def open_run(text: str) -> Path:
+    """The directory of a run, given itself or a file in it.
+
+    Raises:
+        UserError: there is no run.
+    """
+    path = Path(text).expanduser()
+    path = path.parent if path.is_file() else path
+    if (path / CONFIG).is_file():
+        return path
+    below = sorted(path.glob(f"**/{CONFIG}"))[:2] if path.is_dir() else []
+    hint = f"; did you mean {below[0].parent}?" if below else ""
+    reason = f"holds no {CONFIG}" if path.is_dir() else "no such directory"
+    raise UserError(f"{text} is not a run: {reason}{hint}")
+
+
+def stored_words(run: Path) -> list[str]:
+    """The words of the command that started a run."""
+    return shlex.split(read_json(run / ENVIRONMENT)["command"])
+
+
+def resume_config(run: Path, words: list[str], catalogue: Catalogue) -> tuple[Config, list[str]]:
+    """The configuration of a stored run, and the words that continue it from here.
+
+    Args:
+        run: its directory.
+        words: ``key=value`` words of the command that started it.
+        catalogue: the config files as they are now.
+
+    Raises:
+        UserError: the config files have changed, so that the same words mean something else now.
+    """
+    # <output_dir>/<dataset>/<teacher>-<student>/<method>-<hash>/seed<k>
+    root = run.resolve().parents[3]
+    words = [word for word in words if not word.startswith(("output_dir=", "rerun="))]
+    if root != Path("outputs").resolve():
+        words.append(f"output_dir={quoted(str(root))}")
+    config = compose(words, catalogue)
+    stored = load_yaml(run / CONFIG)
+    before = {key: value for key, value in stored.items() if key not in PLACE}
+    now = {key: value for key, value in config.values.items() if key not in PLACE}
+    changed = [
+        f"{key} ({spell(old)} -> {spell(new)})" for key, old, new in differences(before, now)
+    ]
+    if changed:
+        raise UserError(
+            f"{run} was made with other config files: {', '.join(changed[:6])}; "
+            f"as a new run: kdrun {shlex.join(words)}"
+        )
+    return config, words
+
+
+def diff(first: Path, second: Path) -> str:
+    """Config entries in which two runs differ, and their results side by side."""
+    parts = []
+    rows = [
+        (key, spell(old), spell(new))
+        for key, old, new in differences(load_yaml(first / CONFIG), load_yaml(second / CONFIG))
+    ]
+    parts.append("Config\n" + columns(rows, indent="  ") if rows else "Config: the same")
+    results = [
+        read_json(run / RESULT) if (run / RESULT).is_file() else {} for run in (first, second)
+    ]
+    numbers = [dict(_numbers(result)) for result in results]
+    if not any(numbers):
+        return "\n\n".join([*parts, "Results: neither run is finished"])
+    table = []
+    for key in dict.fromkeys([*numbers[0], *numbers[1]]):
+        a, b = (found.get(key) for found in numbers)
+        change = f"{b - a:+.4g}" if a is not None and b is not None else ""
+        table.append((key, _show(a), _show(b), change))
+    parts.append("Results\n" + columns(table, indent="  "))
+    return "\n\n".join(parts)
+
+
+def differences(
+    first: Mapping[str, Any], second: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, value in first, value in second) of the leaves that differ."""
+    for key in dict.fromkeys([*first, *second]):
+        a, b = first.get(key, "unset"), second.get(key, "unset")
+        if isinstance(a, dict) and isinstance(b, dict):
+            yield from differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            yield f"{prefix}{key}", a, b
+
+
+def quoted(text: str) -> str:
+    """A value for the command line that is read back as this very text."""
+    if re.fullmatch(r"[\w./:@-]+", text):
+        return text
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of a run.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: the run did not get that far") from None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+
+
+def _numbers(value: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
+    for key, item in value.items():
+        if isinstance(item, dict):
+            yield from _numbers(item, f"{prefix}{key}.")
+        elif isinstance(item, (int, float)) and not isinstance(item, bool) and key != "schema":
+            yield f"{prefix}{key}", item
+
+
+def _show(value: float | None) -> str:
+    return "-" if value is None else f"{value:.6g}"
