@@ -38,3 +38,14 @@ def paired_stages(
     theirs = stage_features(teacher, suffix)
     depth = min(len(ours), len(theirs))
     return list(zip(ours[-depth:], theirs[-depth:], strict=True))
+
+
+def require_maps(*features: Tensor) -> None:
+    """Refuse features that are no maps ``(B, C, H, W)``.
+
+    Raises:
+        ValueError: naming the shape.
+    """
+    for feature in features:
+        if feature.ndim != 4:
+            raise ValueError(f"it compares feature maps (B, C, H, W), got {tuple(feature.shape)}")

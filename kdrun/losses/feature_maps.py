@@ -55,3 +55,43 @@ def attention_distance(student: Tensor, teacher: Tensor, *, power: float = 2.0) 
 def mean_squared_error(student: Tensor, teacher: Tensor) -> Tensor:
     """``(student - teacher)^2``, mean over every entry of two tensors of one shape."""
     return F.mse_loss(student, teacher)
+
+
+@full_precision
+def selectivity_discrepancy(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared maximum mean discrepancy between the channels of two maps, mean over samples.
+
+    Huang and Wang, arXiv 1707.01219: a channel is its activations over space, scaled to unit norm;
+    the kernel is ``(a . b)^2``, averaged over all pairs of channels (a channel with itself
+    included).
+
+    Args:
+        student: ``(B, C, H, W)``.
+        teacher: ``(B, C', H', W')``; the larger map is average-pooled to the smaller.
+    """
+    student, teacher = pool_to_smaller(student, teacher)
+    student = F.normalize(student.flatten(2), dim=2)
+    teacher = F.normalize(teacher.flatten(2), dim=2)
+    return (
+        _mean_square_product(student, student)
+        + _mean_square_product(teacher, teacher)
+        - 2 * _mean_square_product(student, teacher)
+    )
+
+
+def _mean_square_product(first: Tensor, second: Tensor) -> Tensor:
+    return (first @ second.transpose(1, 2)).square().mean()
+
+
+@full_precision
+def gaussian_negative_log_likelihood(mean: Tensor, target: Tensor, variance: Tensor) -> Tensor:
+    """``(mean - target)^2 / (2 variance) + log(variance) / 2``, mean over every entry, in nats.
+
+    The constant ``log(2 pi) / 2`` is left out.
+
+    Args:
+        mean: ``(B, C, H, W)``.
+        target: the same shape.
+        variance: positive, of a shape that broadcasts to it.
+    """
+    return 0.5 * ((mean - target).square() / variance + variance.log()).mean()

@@ -20,7 +20,7 @@ def relative_distances(features: Tensor) -> Tensor:
     gradient finite; the diagonal is exactly 0.
 
     Args:
-        features: ``(B, D)``, B >= 2.
+        features: ``(B, D)``.
 
     Returns:
         ``(B, B)``.
@@ -30,7 +30,9 @@ def relative_distances(features: Tensor) -> Tensor:
     itself = features.new_ones(len(features), dtype=bool).diag()
     distances = squared.clamp(min=1e-12).sqrt().masked_fill(itself, 0)
     positive = distances > 0
-    return distances / ((distances * positive).sum() / positive.sum())
+    mean = distances.sum() / positive.sum().clamp(min=1)
+    # A single sample has no distance; it must not become 0 / 0.
+    return distances / mean.clamp(min=1e-12)
 
 
 @full_precision
@@ -57,3 +59,77 @@ def distance_relation(student: Tensor, teacher: Tensor) -> Tensor:
 def angle_relation(student: Tensor, teacher: Tensor) -> Tensor:
     """Smooth L1 (beta 1) between angles, mean over all ``B^3`` entries, zeros included."""
     return F.smooth_l1_loss(angles(student), angles(teacher))
+
+
+@full_precision
+def similarity_relation(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared difference of the row-normalised similarity matrices, over ``B^2``.
+
+    Tung and Mori, ICCV 2019, equations 2-4: the rows of ``F F^T`` have unit norm each.
+
+    Args:
+        student: ``(B, D)`` or maps ``(B, C, H, W)``, which are flattened.
+        teacher: ``(B, D')`` or maps.
+    """
+    similarities = [
+        F.normalize(features @ features.T, dim=1)
+        for features in (student.flatten(1), teacher.flatten(1))
+    ]
+    return F.mse_loss(*similarities)
+
+
+@full_precision
+def probabilistic_relation(student: Tensor, teacher: Tensor, *, epsilon: float = 1e-7) -> Tensor:
+    """Divergence between the conditional probabilities of samples given another sample.
+
+    Passalis and Tefas, ECCV 2018: cosine similarities are shifted to [0, 1] and each row is scaled
+    to sum 1, diagonal included; the divergence is ``P_t log(P_t / P_s)``, mean over all ``B^2``
+    entries as in the authors' code.
+
+    Args:
+        student: ``(B, D)``.
+        teacher: ``(B, D')``.
+        epsilon: added to norms and to probabilities under the logarithm.
+    """
+    ours, theirs = (_conditional(features, epsilon) for features in (student, teacher))
+    return (theirs * ((theirs + epsilon) / (ours + epsilon)).log()).mean()
+
+
+def _conditional(features: Tensor, epsilon: float) -> Tensor:
+    features = features / (features.norm(dim=1, keepdim=True) + epsilon)
+    similarity = (1 + features @ features.T) / 2
+    return similarity / similarity.sum(dim=1, keepdim=True)
+
+
+@full_precision
+def neighbour_congruence(student: Tensor, teacher: Tensor) -> Tensor:
+    """``sum_d |D_i||D_i+1|`` with ``D = student - teacher``, mean over neighbouring rows i.
+
+    The form that correlation congruence (Peng et al., ICCV 2019) has in the CIFAR-100 benchmarks.
+    Zero for a single row.
+
+    Args:
+        student: embeddings ``(B, D)``.
+        teacher: embeddings ``(B, D)``.
+    """
+    difference = (student - teacher).abs()
+    products = (difference[:-1] * difference[1:]).sum(dim=1)
+    return products.sum() / max(len(products), 1)
+
+
+@full_precision
+def pearson_distance(student: Tensor, teacher: Tensor, dim: int) -> Tensor:
+    """1 minus the Pearson correlation along ``dim``, for every slice.
+
+    1e-8 is added to the product of the norms of the centred vectors; so constant vectors are at
+    distance 1.
+
+    Args:
+        student: any shape.
+        teacher: the same shape.
+        dim: the dimension along which is correlated; it is gone from the result.
+    """
+    ours = student - student.mean(dim=dim, keepdim=True)
+    theirs = teacher - teacher.mean(dim=dim, keepdim=True)
+    norms = ours.norm(dim=dim) * theirs.norm(dim=dim)
+    return 1 - (ours * theirs).sum(dim=dim) / (norms + 1e-8)

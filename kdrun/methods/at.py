@@ -17,7 +17,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from kdrun.layers.stages import paired_stages
+from kdrun.layers.stages import paired_stages, require_maps
 from kdrun.losses.feature_maps import attention_distance
 from kdrun.method import Method, Taps
 from kdrun.outputs import Batch, ModelOutput, Progress
@@ -50,6 +50,11 @@ class AT(Method):
     def taps(self) -> Taps:
         """Maps of all stages."""
         return {"student": ("stages",), "teacher": ("stages",)}
+
+    def setup(self, student: ModelOutput, teachers: Mapping[str, ModelOutput]) -> None:
+        """Refuse networks whose stages give no maps."""
+        for pair in paired_stages(student, teachers["teacher"]):
+            require_maps(*pair)
 
     def losses(
         self,

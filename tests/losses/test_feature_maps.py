@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from kdrun.losses.feature_maps import attention_distance, attention_map, pool_to_smaller
+from kdrun.losses.feature_maps import (
+    attention_distance,
+    attention_map,
+    gaussian_negative_log_likelihood,
+    pool_to_smaller,
+    selectivity_discrepancy,
+)
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -51,3 +57,35 @@ def test_attention_is_invariant_to_scale() -> None:
 def test_gradient_by_finite_differences() -> None:
     student, teacher = random(2, 2, 4, 4).requires_grad_(), random(2, 3, 2, 2, seed=1)
     assert torch.autograd.gradcheck(lambda s: attention_distance(s, teacher), student)
+
+
+def test_selectivity_is_the_naive_loop() -> None:
+    student, teacher = random(2, 3, 2, 2), random(2, 4, 2, 2, seed=1)
+
+    def mean_kernel(first, second) -> float:
+        values = [
+            float(F.cosine_similarity(a.flatten(), b.flatten(), dim=0)) ** 2
+            for a in first
+            for b in second
+        ]
+        return sum(values) / len(values)
+
+    expected = sum(
+        mean_kernel(s, s) + mean_kernel(t, t) - 2 * mean_kernel(s, t)
+        for s, t in zip(student, teacher, strict=True)
+    )
+    assert selectivity_discrepancy(student, teacher).item() == pytest.approx(expected / 2)
+
+
+def test_selectivity_is_invariant_to_scale_and_order_of_channels() -> None:
+    student, teacher = random(2, 3, 4, 4), random(2, 5, 4, 4, seed=1)
+    expected = selectivity_discrepancy(student, teacher)
+    torch.testing.assert_close(selectivity_discrepancy(7 * student.flip(1), teacher), expected)
+    assert selectivity_discrepancy(student, student).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_likelihood_is_that_of_torch() -> None:
+    mean, target = random(2, 3, 4, 4), random(2, 3, 4, 4, seed=1)
+    variance = torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64)[:, None, None]
+    expected = F.gaussian_nll_loss(mean, target, variance.expand_as(mean))
+    torch.testing.assert_close(gaussian_negative_log_likelihood(mean, target, variance), expected)

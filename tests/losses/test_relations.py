@@ -10,7 +10,11 @@ from kdrun.losses.relations import (
     angle_relation,
     angles,
     distance_relation,
+    neighbour_congruence,
+    pearson_distance,
+    probabilistic_relation,
     relative_distances,
+    similarity_relation,
 )
 
 
@@ -72,3 +76,70 @@ def test_duplicates_leave_the_gradient_finite(relation) -> None:
 def test_gradients_by_finite_differences(relation) -> None:
     student, teacher = random(3, 4).requires_grad_(), random(3, 2, seed=1)
     assert torch.autograd.gradcheck(lambda s: relation(s, teacher), student)
+
+
+def test_similarity_is_the_naive_loop() -> None:
+    student, teacher = random(4, 2, 3, 3), random(4, 5, seed=1)
+    matrices = []
+    for features in (student, teacher):
+        rows = torch.stack([torch.stack([(a * b).sum() for b in features]) for a in features])
+        matrices.append(torch.stack([row / row.norm() for row in rows]))
+    expected = ((matrices[0] - matrices[1]) ** 2).sum() / 16
+    torch.testing.assert_close(similarity_relation(student, teacher), expected)
+
+
+def test_probabilities_of_orthogonal_and_identical_vectors_by_hand() -> None:
+    student = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    teacher = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    # P_t = (2/3, 1/3; 1/3, 2/3), P_s = 1/2 everywhere.
+    expected = (2 / 3 * math.log(4 / 3) + 1 / 3 * math.log(2 / 3)) / 2
+    assert expected == pytest.approx(0.02832, abs=1e-5)
+    assert probabilistic_relation(student, teacher).item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("relation", [similarity_relation, probabilistic_relation])
+def test_similarities_are_invariant_to_scale(relation) -> None:
+    student, teacher = random(5, 3), random(5, 4, seed=1)
+    torch.testing.assert_close(
+        relation(3 * student, teacher / 2), relation(student, teacher), rtol=1e-5, atol=0
+    )
+    assert relation(student, student).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_congruence_is_over_neighbours() -> None:
+    student, teacher = random(4, 3), random(4, 3, seed=1)
+    d = (student - teacher).abs()
+    expected = sum((d[i] * d[i + 1]).sum() for i in range(3)) / 3
+    torch.testing.assert_close(neighbour_congruence(student, teacher), expected)
+
+
+@pytest.mark.parametrize(
+    "relation",
+    [
+        distance_relation,
+        angle_relation,
+        similarity_relation,
+        probabilistic_relation,
+        neighbour_congruence,
+    ],
+)
+def test_a_single_sample_is_finite(relation) -> None:
+    student = random(1, 3).requires_grad_()
+    loss = relation(student, random(1, 3, seed=1))
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert torch.isfinite(student.grad).all()
+
+
+@pytest.mark.parametrize("relation", [similarity_relation, probabilistic_relation])
+def test_similarity_gradients_by_finite_differences(relation) -> None:
+    student, teacher = random(3, 4).requires_grad_(), random(3, 2, seed=1)
+    assert torch.autograd.gradcheck(lambda s: relation(s, teacher), student)
+
+
+def test_pearson_distance_of_constants_is_one() -> None:
+    constant = torch.ones(2, 3, requires_grad=True)
+    distance = pearson_distance(constant, random(2, 3).float(), dim=1)
+    distance.sum().backward()
+    assert distance.tolist() == [1, 1]
+    assert torch.isfinite(constant.grad).all()
