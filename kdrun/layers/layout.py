@@ -1,8 +1,8 @@
 """How networks lay out image features, and the two forms in which methods read them.
 
 Convolutional networks give maps ``(B, C, H, W)``, some hierarchical transformers give maps with
-channels last ``(B, H, W, C)``, and plain transformers and MLP-mixers give tokens ``(B, L, D)``, with
-special tokens (class, distillation, registers) in front of the patches.
+channels last ``(B, H, W, C)``, and plain transformers and MLP-mixers give tokens ``(B, L, D)``,
+with special tokens (class, distillation, registers) in front of the patches.
 """
 
 from __future__ import annotations

@@ -76,10 +76,10 @@ def derive_tap_points(network: nn.Module, sample: Any) -> dict[str, str]:
             "a sample input is needed to find them"
         )
     layout = derive_layout(network) or Layout()
-    root = _trace(network, sample)
+    root = _trace(network, sample, layout.channels_last)
     points: dict[str, str] = {}
     classifier = _classifier(network, root)
-    for name, call in _name_stages(_stage_ends(root, classifier, layout)).items():
+    for name, call in _name_stages(_stage_ends(root, classifier)).items():
         points[name] = call.path
         points |= _rectifier_taps(name, call, root)
     if classifier is not None:
@@ -92,12 +92,18 @@ def derive_tap_points(network: nn.Module, sample: Any) -> dict[str, str]:
 
 @dataclass(slots=True)
 class _Call:
-    """One call of a sub-module, with the calls it made. Tensors are kept to tell them apart."""
+    """One call of a sub-module, with the calls it made. Tensors are kept to tell them apart.
+
+    ``entry`` and ``positions`` count the spatial positions or tokens of input and output, 0 for
+    vectors.
+    """
 
     path: str
     module: nn.Module
     input: Tensor | None = None
     output: Tensor | None = None
+    entry: int = 0
+    positions: int = 0
     calls: list[_Call] = field(default_factory=list)
 
     def walk(self) -> Iterator[_Call]:
@@ -106,38 +112,42 @@ class _Call:
         for call in self.calls:
             yield from call.walk()
 
-    def positions(self, layout: Layout) -> int:
-        """Spatial positions or tokens of the output; 0 for vectors."""
-        return _positions(self.output, self.module, layout)
-
     def has_parameters(self) -> bool:
         return next(self.module.parameters(), None) is not None
 
 
-def _positions(tensor: Tensor | None, module: nn.Module, layout: Layout) -> int:
+def _positions(tensor: Tensor | None, channels_last: bool) -> int:
     # The trace runs on one sample; more rows than one are windows or tables, not a resolution.
     if tensor is None or tensor.ndim not in (3, 4) or tensor.shape[0] != 1:
         return 0
     if tensor.ndim == 3:
         return tensor.shape[1]
-    channels_last = layout.channels_last and not isinstance(module, (nn.Conv2d, nn.BatchNorm2d))
     return math.prod(tensor.shape[1:3] if channels_last else tensor.shape[2:4])
 
 
-def _trace(network: nn.Module, sample: Any) -> _Call:
+def _trace(network: nn.Module, sample: Any, channels_last: bool) -> _Call:
     root = _Call("", network)
     open_calls = [root]
+    if isinstance(sample, Mapping):
+        sample = {name: value[:1] for name, value in sample.items()}
+    else:
+        sample = sample[:1]
 
     def enter(path: str, module: nn.Module) -> Any:
         def hook(_: nn.Module, arguments: tuple, named: dict) -> None:
             call = _Call(path, module, input=_first_tensor(arguments or named))
+            is_image = call.input is sample
+            call.entry = _positions(call.input, channels_last and not is_image)
             open_calls[-1].calls.append(call)
             open_calls.append(call)
 
         return hook
 
-    def leave(_: nn.Module, __: Any, output: Any) -> None:
-        open_calls.pop().output = _first_tensor(output)
+    def leave(module: nn.Module, _: Any, output: Any) -> None:
+        call = open_calls.pop()
+        call.output = _first_tensor(output)
+        is_channels_first = isinstance(module, (nn.Conv2d, nn.BatchNorm2d))
+        call.positions = _positions(call.output, channels_last and not is_channels_first)
 
     handles = []
     for path, module in network.named_modules():
@@ -148,10 +158,7 @@ def _trace(network: nn.Module, sample: Any) -> _Call:
     try:
         network.eval()
         with torch.no_grad():
-            if isinstance(sample, Mapping):
-                output = network(**{name: value[:1] for name, value in sample.items()})
-            else:
-                output = network(sample[:1])
+            output = network(**sample) if isinstance(sample, Mapping) else network(sample)
     finally:
         for handle in handles:
             handle.remove()
@@ -174,12 +181,12 @@ def _first_tensor(value: Any) -> Tensor | None:
 # -- stages ----------------------------------------------------------------------------------------
 
 
-def _stage_ends(root: _Call, classifier: str | None, layout: Layout) -> list[_Call]:
+def _stage_ends(root: _Call, classifier: str | None) -> list[_Call]:
     """The last call at each resolution, shallow to deep."""
     ends: list[_Call] = []
     resolution = math.inf
-    for call in _trunk(root, classifier, layout):
-        positions = call.positions(layout)
+    for call in _trunk(root, classifier):
+        positions = call.positions
         # One position left: pooling, or the convolution that stands in for a linear layer.
         pooled_away = positions == 1 < resolution and (resolution > 4 or not call.has_parameters())
         if call.path == classifier or (ends and (positions == 0 or pooled_away)):
@@ -189,7 +196,7 @@ def _stage_ends(root: _Call, classifier: str | None, layout: Layout) -> list[_Ca
         if _is_reduced(positions, resolution):
             ends.append(call)
             resolution = positions
-        elif not ends or positions <= 1.1 * resolution:
+        elif positions <= 1.1 * resolution:
             ends[-1:] = [call]
     return ends if len(ends) > 1 else _by_depth(_longest_run(root)) or ends
 
@@ -212,22 +219,21 @@ def _is_reduced(positions: int, before: int) -> bool:
     return positions <= 0.6 * before
 
 
-def _trunk(call: _Call, classifier: str | None, layout: Layout) -> list[_Call]:
+def _trunk(call: _Call, classifier: str | None) -> list[_Call]:
     """The calls one after another that make up ``call``, none spanning several resolutions."""
     holds_classifier = classifier is not None and classifier.startswith(f"{call.path}.")
-    is_whole = call.path.rpartition(".")[2] in WHOLE or not _spans_resolutions(call, layout)
+    is_whole = call.path.rpartition(".")[2] in WHOLE or not _spans_resolutions(call)
     if call.path and is_whole and not holds_classifier:
         return [call]
-    return [unit for inner in call.calls for unit in _trunk(inner, classifier, layout)]
+    return [unit for inner in call.calls for unit in _trunk(inner, classifier)]
 
 
-def _spans_resolutions(call: _Call, layout: Layout) -> bool:
-    if len(call.calls) < 2 and not (call.calls and _spans_resolutions(call.calls[0], layout)):
+def _spans_resolutions(call: _Call) -> bool:
+    if len(call.calls) < 2 and not (call.calls and _spans_resolutions(call.calls[0])):
         return False
-    entry = _positions(call.input, nn.Identity(), layout)
     # One position is left out: the squeeze of squeeze-and-excitation.
-    inside = {inner.positions(layout) for inner in call.walk() if inner is not call} - {0, 1}
-    reduced = sorted((size for size in inside if _is_reduced(size, entry)), reverse=True)
+    inside = {inner.positions for inner in call.walk() if inner is not call} - {0, 1}
+    reduced = sorted((size for size in inside if _is_reduced(size, call.entry)), reverse=True)
     if reduced and _is_reduced(reduced[-1], reduced[0]):
         return True
     # A reduction that closes the call (patch merging) belongs to the next stage; one that runs
@@ -236,8 +242,8 @@ def _spans_resolutions(call: _Call, layout: Layout) -> bool:
     return (
         before is not None
         and last.input is before.output
-        and last.positions(layout) > 1
-        and _is_reduced(last.positions(layout), before.positions(layout))
+        and last.positions > 1
+        and _is_reduced(last.positions, before.positions)
     )
 
 

@@ -130,10 +130,10 @@ def hf_model(
     """An image classifier of transformers; its forward gives an object with ``logits``.
 
     Args:
-        name: name on the hub, or a folder that ``save_pretrained`` has written. Null: a network from
-            ``options`` alone.
-        pretrained: load its weights; otherwise only its configuration is read. The classifier is new
-            where the classes differ.
+        name: name on the hub, or a folder that ``save_pretrained`` has written. Null: a new network
+            from ``options`` alone.
+        pretrained: load its weights; otherwise only its configuration is read. The classifier is
+            new where the classes differ.
         num_classes: outputs of the classifier.
         in_channels: channels of the images.
         image_size: side of the images, for networks built for one size.
@@ -153,23 +153,24 @@ def hf_model(
             "hf: give name (hub name or folder), or options.model_type of a new network"
         )
 
-    def configured() -> PretrainedConfig:
+    def configured(**entries: Any) -> PretrainedConfig:
         if name is None:
-            return AutoConfig.for_model(options.pop("model_type"))
-        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+            return AutoConfig.for_model(options["model_type"], **entries)
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **entries)
 
-    config = _build(label, configured, fetches=name is not None)
-    classes = config.num_labels
-    data = {"image_size": image_size, "num_channels": in_channels}
-    config.num_labels = num_classes
-    for key, value in data.items():
-        if key in config.to_dict() and value is not None:
-            setattr(config, key, value)
-    for key, value in options.items():
-        if key not in config.to_dict():
-            near = difflib.get_close_matches(key, config.to_dict(), n=1)
-            raise UserError(f"{label}: no option {key}" + (f"; {near[0]}?" if near else ""))
-        setattr(config, key, value)
+    given = _build(label, configured, fetches=name is not None)
+    entries = {"num_labels": num_classes, "num_channels": in_channels}
+    if image_size is not None:
+        entries["image_size"] = image_size
+    known = given.to_dict() | {"num_labels": given.num_labels}
+    entries = {key: value for key, value in entries.items() if key in known} | options
+    unknown = next((key for key in entries if key not in known), None)
+    if unknown is not None:
+        near = difflib.get_close_matches(unknown, known, n=1)
+        raise UserError(f"{label}: no option {unknown}" + (f"; {near[0]}?" if near else ""))
+    entries.pop("model_type", None)
+    config = _build(label, lambda: configured(**entries), fetches=name is not None)
+    classes = given.num_labels
     if not pretrained:
         return _build(
             label,
@@ -205,7 +206,7 @@ def _build(label: str, builder: Callable[[], Any], *, fetches: bool) -> Any:
 
 
 def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return " ".join(str(error).split())[:400] or type(error).__name__
 
 
 def _unknown(label: str, name: str, names: Iterable[str]) -> str:

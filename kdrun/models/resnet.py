@@ -1,9 +1,9 @@
 """Residual networks for small images: resnet8 ... resnet110, resnet32x4, and CIFAR-stem ResNets.
 
-He et al., "Deep Residual Learning for Image Recognition", CVPR 2016: the three-stage networks of its
-CIFAR section (depth 6n + 2, n blocks a stage) and the four-stage ones of its ImageNet section with
-a 3x3 stem of stride 1 and no pooling. Where a block changes size or width its shortcut is a 1x1
-convolution with batch normalisation, as in the code of the knowledge-distillation benchmarks.
+He et al., "Deep Residual Learning for Image Recognition", CVPR 2016: the three-stage networks of
+its CIFAR section (depth 6n + 2, n blocks a stage) and the four-stage ones of its ImageNet section
+with a 3x3 stem of stride 1 and no pooling. Where a block changes size or width its shortcut is a
+1x1 convolution with batch normalisation, as in the code of the knowledge-distillation benchmarks.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions to four times the width beside a shortcut; ReLU after the sum."""
+    """1x1, 3x3 and 1x1 (to four times the width) beside a shortcut; ReLU after the sum."""
 
     expansion: ClassVar[int] = 4
     last_norm: ClassVar[str] = "bn3"

@@ -1,7 +1,7 @@
 """ShuffleNet V2 for small images, as in the knowledge-distillation benchmarks.
 
-Ma et al., "ShuffleNet V2: Practical Guidelines for Efficient CNN Architecture Design", ECCV 2018, at
-width 1. The 32-pixel form has a 1x1 stem of stride 1 and no pooling behind it.
+Ma et al., "ShuffleNet V2: Practical Guidelines for Efficient CNN Architecture Design", ECCV 2018,
+at width 1. The 32-pixel form has a 1x1 stem of stride 1 and no pooling behind it.
 
 The last ReLU of a unit is applied after concatenation and shuffle rather than on one branch before:
 the kept half is already non-negative, so the result is the same, and the pre-activation of a stage
