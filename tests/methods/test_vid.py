@@ -26,8 +26,8 @@ def test_training_raises_the_likelihood(data, teacher, student) -> None:
     method = VID(weight=3.0, initial_variance=1.0)
     history = train(method, student, teacher, data, epochs=3)
     assert history[-1]["likelihood"] < history[0]["likelihood"] - 0.5
-    assert all(
-        (gaussian(torch.zeros(1, c, 2, 2))[1] < 1).all()
-        for gaussian, c in zip(method.gaussians, (4, 8, 16), strict=True)
+    variances = torch.cat(
+        [g(torch.zeros(1, c, 2, 2))[1] for g, c in zip(method.gaussians, (4, 8, 16), strict=True)]
     )
+    assert variances.mean() < 0.8
     assert agreement(student, teacher, data.inputs) > 0.8
