@@ -1,0 +1,134 @@
+"""One run of a sweep, in whatever process the launcher puts it, and the record it leaves."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+import traceback
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from kdrun.errors import Interrupted, UserError
+
+
+@dataclass
+class Record:
+    """What is known of one run of a sweep; a JSON file in the sweep's directory.
+
+    Attributes:
+        number: position in the sweep.
+        words: the command ``kdrun <words>`` does the same run again.
+        status: ``running``, ``done``, ``failed`` or ``interrupted``.
+        began: time of the start, seconds since 1970; ``seconds``: how long it took.
+        objective: the validation result.
+        error: the last line of what went wrong; ``trace``: all of it.
+    """
+
+    number: int
+    words: list[str]
+    status: str = "running"
+    began: float = 0.0
+    seconds: float = 0.0
+    objective: float | None = None
+    error: str = ""
+    trace: str = ""
+
+    def write(self, directory: Path) -> None:
+        """Write the record, whole or not at all."""
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / f"{self.number}.json"
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
+        os.replace(temporary, path)
+
+
+class JobFailed(Exception):
+    """A run of a search failed: the trial is recorded as such and the search goes on."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What Hydra calls for each run.
+
+    Attributes:
+        flags: flags that the command of each run needs.
+        directories: config folders besides kdrun's own.
+        records: where records are written.
+        fail_fast: end the sweep with the first failure.
+        raise_failures: tell the sweeper of failures (a search); otherwise they are only recorded,
+            so that nothing keeps the other runs from starting.
+    """
+
+    flags: tuple[str, ...]
+    directories: tuple[str, ...]
+    records: str
+    fail_fast: bool
+    raise_failures: bool
+
+    def __call__(self, config: Any) -> float:
+        """Run the overrides that Hydra chose; returns the validation objective.
+
+        Raises:
+            JobFailed: the run failed and the sweeper is to know.
+            KeyboardInterrupt: the run was interrupted, or failed and the sweep must end.
+        """
+        from hydra.core.hydra_config import HydraConfig
+
+        settings = HydraConfig.get()
+        record = Record(int(settings.job.num), job_words(settings.overrides.task))
+        record.began = time.time()
+        record.write(Path(self.records))
+        print(f"\nrun {record.number}: {' '.join(record.words)}", flush=True)
+        try:
+            record.objective = self._run(record.words)
+            record.status = "done"
+        except (Interrupted, KeyboardInterrupt):
+            record.status = "interrupted"
+        except Exception as error:
+            record.status = "failed"
+            record.error = str(error).strip() or type(error).__name__
+            if not isinstance(error, UserError):
+                record.error = f"{type(error).__name__}: {record.error.splitlines()[-1]}"
+                record.trace = traceback.format_exc()
+            print(f"run {record.number} failed: {record.error}", flush=True)
+        record.seconds = time.time() - record.began
+        record.write(Path(self.records))
+        if record.status == "interrupted" or (self.fail_fast and record.status == "failed"):
+            raise KeyboardInterrupt
+        if record.status == "failed" and self.raise_failures:
+            raise JobFailed(record.error)
+        return math.nan if record.objective is None else record.objective
+
+    def _run(self, words: list[str]) -> float:
+        from kdrun.catalogue import open_catalogue
+        from kdrun.run import run
+
+        outcome = run(words, self.flags, open_catalogue(self.directories))
+        if outcome.exit_code in (130, 143):
+            raise KeyboardInterrupt
+        if outcome.exit_code != 0:
+            raise UserError(f"exit status {outcome.exit_code}, see its lines above")
+        if outcome.objective is None or math.isnan(outcome.objective):
+            raise UserError("the validation result is not a number: training diverged")
+        return outcome.objective
+
+
+def read_records(directory: Path) -> list[Record]:
+    """The records of a sweep, in the order of its runs."""
+    found = [json.loads(path.read_text("utf-8")) for path in directory.glob("*.json")]
+    return sorted((Record(**fields) for fields in found), key=lambda record: record.number)
+
+
+def mangled(key: str) -> str:
+    """A dotted key as one flat key for Hydra."""
+    return key.replace(".", "/")
+
+
+def job_words(words: Iterable[str]) -> list[str]:
+    """Hydra's overrides as words of a kdrun command."""
+    pairs = [word.partition("=") for word in words]
+    return [f"{key.replace('/', '.')}={value}" for key, _, value in pairs]
