@@ -163,10 +163,12 @@ class BatchMaker:
 
     def finish(self, x: Tensor) -> Tensor:
         """The last step: normalisation, type and memory format."""
-        dtype, channels_last = self.options.dtype, self.options.channels_last and x.ndim == 4
-        if self.normalisation is not None:
-            return self.normalisation(x, dtype=dtype, channels_last=channels_last)
-        return x.to(dtype, memory_format=_FORMAT[channels_last])
+        return self.arrange(x if self.normalisation is None else self.normalisation(x))
+
+    def arrange(self, x: Tensor) -> Tensor:
+        """The type and memory format that the networks asked for; no copy where it is so."""
+        channels_last = self.options.channels_last and x.ndim == 4
+        return x.to(self.options.dtype, memory_format=_FORMAT[channels_last])
 
     def _draw(self, epoch: int) -> Plan:
         device, order = self.options.device, self.order(epoch)

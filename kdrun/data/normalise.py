@@ -23,13 +23,8 @@ class Normalisation:
         self.mean, self.std, self.value_range = tuple(mean), tuple(std), value_range
         self._by_device: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
 
-    def __call__(
-        self, x: Tensor, *, dtype: torch.dtype = torch.float32, channels_last: bool = False
-    ) -> Tensor:
-        """Map ``x`` of shape ``(B, C, ...)``; the result is new memory of the asked type.
-
-        ``channels_last`` concerns 4-dimensional input only.
-        """
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map ``x`` of shape ``(B, C, ...)``; the result is new memory, float32."""
         key = (x.device, x.ndim)
         if key not in self._by_device:
             shape = (-1, *[1] * (x.ndim - 2))
@@ -40,10 +35,7 @@ class Normalisation:
                 inverse.float().view(shape).to(x.device),
             )
         mean, inverse = self._by_device[key]
-        result = x.to(torch.float32, copy=True).sub_(mean).mul_(inverse)
-        if channels_last and x.ndim == 4:
-            return result.to(dtype, memory_format=torch.channels_last)
-        return result.to(dtype)
+        return x.to(torch.float32, copy=True).sub_(mean).mul_(inverse)
 
     def __repr__(self) -> str:
         return f"Normalisation({self.mean}, {self.std}, value_range={self.value_range})"

@@ -23,6 +23,8 @@ def crop_flip(images: Tensor, top: Tensor, left: Tensor, mirror: Tensor, *, padd
         ``(B, C, H, W)`` of the same type.
     """
     batch, channels, height, width = images.shape
+    if not batch:  # a rank's part of a last batch that is shorter than the number of ranks
+        return images
     padded = torch.nn.functional.pad(images, (padding,) * 4)
     padded_height, padded_width = padded.shape[2:]
     # A mirrored window is the window at the mirrored place of the mirrored image.
