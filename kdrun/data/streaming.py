@@ -120,6 +120,7 @@ class StreamLoader:
             collate_fn=_as_it_is,
             persistent_workers=samples.workers > 0,
             pin_memory=self._pinned,
+            generator=torch.Generator(),  # otherwise each epoch would advance the global one
         )
 
     def __len__(self) -> int:

@@ -11,7 +11,9 @@ def test_equals_torchvision():
         0, 256, (4, 3, 5, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
     mean, std = [0.5071, 0.4867, 0.4408], [0.2675, 0.2565, 0.2761]
-    expected = functional.normalize(functional.to_dtype(images, torch.float32, scale=True), mean, std)
+    expected = functional.normalize(
+        functional.to_dtype(images, torch.float32, scale=True), mean, std
+    )
     assert torch.allclose(Normalisation(mean, std)(images), expected, atol=1e-6)
 
 

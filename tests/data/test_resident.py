@@ -98,7 +98,10 @@ def test_ranks_share_the_batches_of_one_process(samples, world_size, mix):
 
 
 def test_how_a_sample_is_augmented_does_not_depend_on_the_batch_size(samples):
-    small, large = joined(epoch(loader(samples), 1)), joined(epoch(loader(samples, batch_size=25), 1))
+    small, large = (
+        joined(epoch(loader(samples), 1)),
+        joined(epoch(loader(samples, batch_size=25), 1)),
+    )
     assert_same(small, large)
 
 

@@ -32,7 +32,9 @@ def test_cutmix_pastes_a_box_and_counts_its_area():
         assert pasted.sum() == rows * columns
         share = 1 - pasted.float().mean()
         assert torch.allclose(mixed.target[0, 1], share)
-        assert torch.equal(mixed.inputs == torch.arange(1, 7).view(-1, 1, 1, 1), ~pasted.expand(6, 2, 8, 8))
+        assert torch.equal(
+            mixed.inputs == torch.arange(1, 7).view(-1, 1, 1, 1), ~pasted.expand(6, 2, 8, 8)
+        )
 
 
 def test_first_keeps_the_class():

@@ -66,7 +66,10 @@ def test_tables(images, channels):
     threshold = uniform(0, 256)
     cases = [
         (pixels.posterize_table(bits), lambda i, n: functional.posterize(i, int(bits[n]))),
-        (pixels.solarize_table(threshold), lambda i, n: functional.solarize(i, threshold[n].item())),
+        (
+            pixels.solarize_table(threshold),
+            lambda i, n: functional.solarize(i, threshold[n].item()),
+        ),
         (pixels.autocontrast_table(images), lambda i, n: functional.autocontrast(i)),
         (pixels.equalize_table(images), lambda i, n: functional.equalize(i)),
     ]
