@@ -26,6 +26,19 @@ def mean_over(values: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 @full_precision
+def standardize(logits: Tensor) -> Tensor:
+    """Logits minus their mean over classes, over their unbiased standard deviation plus 1e-7.
+
+    Sun et al., CVPR 2024, algorithm 1: the student need not match the teacher's shift and scale.
+
+    Args:
+        logits: ``(..., C)``.
+    """
+    deviation = logits.std(dim=-1, keepdim=True)
+    return (logits - logits.mean(dim=-1, keepdim=True)) / (deviation + 1e-7)
+
+
+@full_precision
 def kl_divergence(
     student: Tensor,
     teacher: Tensor,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
+from kdrun.losses.divergence import mean_over
 from kdrun.losses.precision import full_precision
 
 
@@ -133,3 +134,35 @@ def pearson_distance(student: Tensor, teacher: Tensor, dim: int) -> Tensor:
     theirs = teacher - teacher.mean(dim=dim, keepdim=True)
     norms = ours.norm(dim=dim) * theirs.norm(dim=dim)
     return 1 - (ours * theirs).sum(dim=dim) / (norms + 1e-8)
+
+
+@full_precision
+def correlation_difference(
+    student: Tensor, teacher: Tensor, *, temperature: float, mask: Tensor | None = None
+) -> Tensor:
+    """Squared difference of the Gram matrices ``P P^T`` of class distributions.
+
+    Jin et al., CVPR 2023, equations 7 and 10: summed over a row of the difference, mean over rows.
+
+    Args:
+        student: logits ``(B, C)``.
+        teacher: logits ``(B, C)``.
+        temperature: softens both distributions.
+        mask: ``(B,)``, the rows over which the mean is taken; None: all.
+    """
+    ours, theirs = ((z / temperature).softmax(dim=1) for z in (student, teacher))
+    return _gram_difference(ours, theirs, mask)
+
+
+@full_precision
+def class_correlation_difference(
+    student: Tensor, teacher: Tensor, *, temperature: float, mask: Tensor | None = None
+) -> Tensor:
+    """As ``correlation_difference``, of the matrices ``P^T P`` over classes; mask ``(C,)``."""
+    ours, theirs = ((z / temperature).softmax(dim=1).T for z in (student, teacher))
+    return _gram_difference(ours, theirs, mask)
+
+
+def _gram_difference(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
+    difference = teacher @ teacher.T - student @ student.T
+    return mean_over(difference.square().sum(dim=1), mask)

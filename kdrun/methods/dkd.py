@@ -6,7 +6,8 @@ suppresses where the teacher is sure (arXiv 2203.08679, equation 7). Here both h
 
     L = CE(z_s, y) + min(epoch / warmup, 1) * (alpha * TCKD + beta * NCKD)
 
-with the epoch counted from 1 and both terms multiplied by T^2, as in the official code.
+with the epoch counted from 1 and both terms multiplied by T^2, as in the official code. With
+``standardize`` both logits are z-scored first (Sun et al., CVPR 2024; see the method ls).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from kdrun.losses.divergence import decoupled_divergence
+from kdrun.losses.divergence import decoupled_divergence, standardize
 from kdrun.method import Method
 from kdrun.outputs import Batch, ModelOutput, Progress
 from kdrun.parameters import NonNegative, Positive, PositiveInt
@@ -26,6 +27,7 @@ class DKD(Method):
 
     Args:
         temperature: T, which softens both distributions.
+        standardize: z-score the logits of each sample before the divergence.
         alpha: factor of the target-class term.
         beta: factor of the non-target-class term; the paper tunes it per pair of networks.
         warmup_epochs: epochs over which both factors rise linearly to full size.
@@ -38,6 +40,7 @@ class DKD(Method):
         self,
         *,
         temperature: Positive = 4.0,
+        standardize: bool = False,
         alpha: NonNegative = 1.0,
         beta: NonNegative = 8.0,
         warmup_epochs: PositiveInt = 20,
@@ -45,6 +48,7 @@ class DKD(Method):
     ) -> None:
         super().__init__()
         self.temperature = temperature
+        self.standardize = standardize
         self.alpha = alpha
         self.beta = beta
         self.warmup_epochs = warmup_epochs
@@ -58,9 +62,12 @@ class DKD(Method):
         progress: Progress,
     ) -> dict[str, Tensor]:
         """The supervised loss, the target-class and the non-target-class divergence."""
+        ours, theirs = student.logits, teachers["teacher"].logits
+        if self.standardize:
+            ours, theirs = standardize(ours), standardize(theirs)
         target_class, non_target_class = decoupled_divergence(
-            student.logits,
-            teachers["teacher"].logits,
+            ours,
+            theirs,
             batch.target,
             temperature=self.temperature,
             t_squared=True,

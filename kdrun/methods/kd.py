@@ -6,7 +6,8 @@ probabilities of wrong classes carry the teacher's view of their similarity (arX
     L = supervised_weight * CE(z_s, y) + weight * T^2 * KL(softmax(z_t / T) || softmax(z_s / T))
 
 with logits z ``(..., C)`` and means over samples. The defaults are those of the CIFAR-100
-literature; on ImageNet both weights are 0.5 and T is 1.
+literature; on ImageNet both weights are 0.5 and T is 1. With ``standardize`` both logits are
+z-scored first (Sun et al., CVPR 2024; see the method ls).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from kdrun.losses.divergence import kl_divergence
+from kdrun.losses.divergence import kl_divergence, standardize
 from kdrun.method import Method
 from kdrun.outputs import Batch, ModelOutput, Progress
 from kdrun.parameters import NonNegative, Positive
@@ -27,6 +28,7 @@ class KD(Method):
     Args:
         temperature: T, which softens both distributions.
         t_squared: multiply the divergence by T^2.
+        standardize: z-score the logits of each sample before the divergence.
         weight: factor of the divergence.
         supervised_weight: factor of the task's own loss.
     """
@@ -38,12 +40,14 @@ class KD(Method):
         *,
         temperature: Positive = 4.0,
         t_squared: bool = True,
+        standardize: bool = False,
         weight: NonNegative = 0.9,
         supervised_weight: NonNegative = 0.1,
     ) -> None:
         super().__init__()
         self.temperature = temperature
         self.t_squared = t_squared
+        self.standardize = standardize
         self.weight = weight
         self.supervised_weight = supervised_weight
 
@@ -55,9 +59,12 @@ class KD(Method):
         progress: Progress,
     ) -> dict[str, Tensor]:
         """The supervised loss and the divergence from the teacher."""
+        ours, theirs = student.logits, teachers["teacher"].logits
+        if self.standardize:
+            ours, theirs = standardize(ours), standardize(theirs)
         divergence = kl_divergence(
-            student.logits,
-            teachers["teacher"].logits,
+            ours,
+            theirs,
             temperature=self.temperature,
             t_squared=self.t_squared,
             mask=batch.mask,
