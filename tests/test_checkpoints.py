@@ -52,9 +52,7 @@ def prefixed(network: nn.Module, prefix: str) -> dict[str, Tensor]:
     return {prefix + name: value for name, value in network.state_dict().items()}
 
 
-# -- what loads -------------------------------------------------------------------------------------
-
-
+# -- what loads -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".ckpt"])
 def test_a_bare_state_dict(source, target, tmp_path: Path, suffix: str) -> None:
     torch.save(source.state_dict(), tmp_path / f"w{suffix}")
@@ -121,9 +119,7 @@ def test_dtype_and_memory_of_the_network_stay(source, target, tmp_path: Path) ->
     torch.testing.assert_close(weight, source.fc.weight, rtol=1e-3, atol=1e-3)
 
 
-# -- what does not fit ------------------------------------------------------------------------------
-
-
+# -- what does not fit ----------------------------------------------------------------------------
 def test_a_teacher_with_other_classes_is_refused_with_both_shapes(source, tmp_path: Path) -> None:
     torch.save(source.state_dict(), tmp_path / "w.pt")
     target = Network(classes=7)
@@ -173,9 +169,7 @@ def test_partial_loading_of_nothing_is_an_error(tmp_path: Path, target) -> None:
         load_weights(target, tmp_path / "w.pt", partial=True)
 
 
-# -- what is no weights file ------------------------------------------------------------------------
-
-
+# -- what is no weights file ----------------------------------------------------------------------
 class Malicious:
     def __reduce__(self):
         return os.mkdir, (str(self.path),)
@@ -249,9 +243,7 @@ def test_files_without_weights(target, tmp_path: Path, content: object, message:
         load_weights(target, tmp_path / "w.pt")
 
 
-# -- writing ----------------------------------------------------------------------------------------
-
-
+# -- writing --------------------------------------------------------------------------------------
 def test_saved_weights_load_in_plain_pytorch_and_the_digest_is_the_files(
     source, target, tmp_path: Path
 ) -> None:

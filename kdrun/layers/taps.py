@@ -32,7 +32,11 @@ Form = Literal["map", "tokens", "raw"]
 
 @runtime_checkable
 class DeclaresTaps(Protocol):
-    """A network that says itself where its taps are."""
+    """A network that says itself where its taps are.
+
+    What an in-place activation reads must be declared as ``input:`` of that activation: of such a
+    network only the activations so named are made to work out of place.
+    """
 
     def tap_points(self) -> dict[str, str]:
         """Tap names to locations: ``path`` (that module's output) or ``input:path`` (its input)."""
@@ -128,7 +132,7 @@ class Taps:
         self._active = False
         self._handles = [self._hook(network, tap) for tap in taps]
         # An activation that works in place would overwrite what a tap has recorded.
-        self._made_out_of_place = _forbid_inplace(network) if taps else []
+        self._made_out_of_place = _forbid_inplace(_threats(network, taps))
 
     def _hook(self, network: nn.Module, tap: _Tap) -> RemovableHandle:
         module = _submodule(network, tap.path)
@@ -171,7 +175,7 @@ class Taps:
     def _formed(self, feature: Tensor, tap: _Tap) -> Tensor:
         if tap.form == "raw":
             return feature
-        if tap.is_pooled:
+        if tap.name == "penultimate":
             return feature.mean((2, 3)) if feature.ndim == 4 else feature
         if self.layout is None or feature.ndim < 3:
             return feature
@@ -193,7 +197,7 @@ class _Tap:
     path: str
     reads_input: bool
     form: Form
-    is_pooled: bool
+    is_declared: bool
 
 
 def _parse(network: nn.Module, names: Iterable[str], sample: Any) -> list[_Tap]:
@@ -209,7 +213,7 @@ def _parse(network: nn.Module, names: Iterable[str], sample: Any) -> list[_Tap]:
         for single in _expand(name, points):
             location = _locate(single, points)
             reads_input, path = _split_location(location)
-            tap = _Tap(single, path, reads_input, form, single == "penultimate")
+            tap = _Tap(single, path, reads_input, form, is_declared=_is_named(single))
             if taps.setdefault(single, tap) != tap:
                 raise ValueError(
                     f"tap {single} is asked for both as {taps[single].form} and {form}"
@@ -278,9 +282,16 @@ def _with_first(value: Any, tensor: Tensor) -> Any:
     return type(value)([tensor, *value[1:]])
 
 
-def _forbid_inplace(network: nn.Module) -> list[nn.Module]:
+def _threats(network: nn.Module, taps: list[_Tap]) -> Iterable[nn.Module]:
+    """Modules that would change a tapped activation if they work in place."""
+    if isinstance(network, DeclaresTaps) and all(tap.is_declared for tap in taps):
+        return [_submodule(network, tap.path) for tap in taps if tap.reads_input]
+    return network.modules() if taps else []
+
+
+def _forbid_inplace(modules: Iterable[nn.Module]) -> list[nn.Module]:
     """Make in-place activations work out of place; returns those that were changed."""
-    changed = [module for module in network.modules() if getattr(module, "inplace", False) is True]
+    changed = [module for module in modules if getattr(module, "inplace", False) is True]
     for module in changed:
         module.inplace = False
     return changed

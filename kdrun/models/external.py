@@ -202,11 +202,16 @@ def _build(label: str, builder: Callable[[], Any], *, fetches: bool) -> Any:
         what = "files cannot be fetched or read" if fetches else "cannot be built"
         raise UserError(f"{label}: its {what} ({_line(error)})") from error
     except BUILD_ERRORS as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{label} comes with Python code of its own, which is run only with "
+                "trust_remote_code=true"
+            ) from error
         raise UserError(f"{label} cannot be built: {_line(error)}") from error
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:400] or type(error).__name__
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _unknown(label: str, name: str, names: Iterable[str]) -> str:

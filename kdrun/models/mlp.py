@@ -46,5 +46,5 @@ class MLP(nn.Module):
         points = {}
         for index in range(len(self.layers)):
             points[f"stage{index + 1}"] = f"layers.{index}"
-            points[f"stage{index + 1}.preactivation"] = f"layers.{index}.0"
+            points[f"stage{index + 1}.preactivation"] = f"input:layers.{index}.1"
         return points | {"penultimate": "input:classifier"}

@@ -101,7 +101,7 @@ class MobileNetV2(nn.Module):
         """Where the named activations are: the bottlenecks of groups 2, 3, 5 and 7."""
         return {
             "stem": "conv1",
-            "stem.preactivation": "conv1.1",
+            "stem.preactivation": "input:conv1.2",
             "stem.norm": "conv1.1",
             "stage1": "blocks.1",
             "stage2": "blocks.2",

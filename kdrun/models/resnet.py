@@ -145,7 +145,7 @@ class ResNet(nn.Module):
 
     def tap_points(self) -> dict[str, str]:
         """Where the named activations are."""
-        points = {"stem": "relu", "stem.preactivation": "bn1", "stem.norm": "bn1"}
+        points = {"stem": "relu", "stem.preactivation": "input:relu", "stem.norm": "bn1"}
         for number, depth in enumerate(self.blocks, start=1):
             last = f"layer{number}.{depth - 1}"
             points[f"stage{number}"] = f"layer{number}"

@@ -106,7 +106,7 @@ class ShuffleNetV1(nn.Module):
 
     def tap_points(self) -> dict[str, str]:
         """Where the named activations are."""
-        points = {"stem": "relu", "stem.preactivation": "bn1", "stem.norm": "bn1"}
+        points = {"stem": "relu", "stem.preactivation": "input:relu", "stem.norm": "bn1"}
         for number, depth in enumerate(self.blocks, start=1):
             points[f"stage{number}"] = f"layer{number}"
             points[f"stage{number}.preactivation"] = f"input:layer{number}.{depth - 1}.relu"

@@ -123,7 +123,7 @@ class ShuffleNetV2(nn.Module):
 
     def tap_points(self) -> dict[str, str]:
         """Where the named activations are."""
-        points = {"stem": "relu1", "stem.preactivation": "bn1", "stem.norm": "bn1"}
+        points = {"stem": "relu1", "stem.preactivation": "input:relu1", "stem.norm": "bn1"}
         for number, depth in enumerate(self.blocks, start=1):
             points[f"stage{number}"] = f"layer{number}"
             points[f"stage{number}.preactivation"] = f"input:layer{number}.{depth}.relu"

@@ -52,9 +52,7 @@ class SmallCNN(nn.Module):
         points = {}
         for index in range(len(self.stages)):
             name, path = f"stage{index + 1}", f"stages.{index}"
-            points |= {
-                name: path,
-                f"{name}.preactivation": f"{path}.1",
-                f"{name}.norm": f"{path}.1",
-            }
+            points[name] = path
+            points[f"{name}.preactivation"] = f"input:{path}.2"
+            points[f"{name}.norm"] = f"{path}.1"
         return points | {"penultimate": "input:classifier"}

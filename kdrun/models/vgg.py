@@ -74,7 +74,9 @@ class VGG(nn.Module):
         """Where the named activations are."""
         points = {}
         for index, name in enumerate(("stem", "stage1", "stage2", "stage3", "stage4")):
-            norm = f"block{index}.{len(self.get_submodule(f'block{index}')) - 2}"
-            points[name] = f"block{index}"
-            points[f"{name}.preactivation"] = points[f"{name}.norm"] = norm
+            group = f"block{index}"
+            last = len(self.get_submodule(group)) - 1
+            points[name] = group
+            points[f"{name}.preactivation"] = f"input:{group}.{last}"
+            points[f"{name}.norm"] = f"{group}.{last - 1}"
         return points | {"penultimate": "input:classifier"}

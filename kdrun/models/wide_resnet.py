@@ -90,12 +90,17 @@ class WideResNet(nn.Module):
 
     def tap_points(self) -> dict[str, str]:
         """Where the named activations are."""
-        norms = {"stem": "block1.0.bn1", "stage1": "block2.0.bn1", "stage2": "block3.0.bn1"}
-        norms["stage3"] = "bn1"
-        points = {"stem": "conv1", "stage1": "block1", "stage2": "block2", "stage3": "block3"}
-        points |= {f"{name}.preactivation": norm for name, norm in norms.items()}
-        points |= {f"{name}.norm": norm for name, norm in norms.items()}
-        return points | {"penultimate": "input:fc"}
+        points = {}
+        for name, stage, reader in (
+            ("stem", "conv1", "block1.0."),
+            ("stage1", "block1", "block2.0."),
+            ("stage2", "block2", "block3.0."),
+        ):
+            points[name] = stage
+            points[f"{name}.preactivation"] = f"input:{reader}relu1"
+            points[f"{name}.norm"] = f"{reader}bn1"
+        last = {"stage3": "block3", "stage3.preactivation": "input:relu", "stage3.norm": "bn1"}
+        return points | last | {"penultimate": "input:fc"}
 
 
 def _stage(blocks: int, in_channels: int, width: int, stride: int) -> nn.Sequential:

@@ -105,6 +105,19 @@ def test_in_place_rectifiers_do_not_overwrite_what_is_tapped(network, inputs) ->
     assert all(feature.min() < 0 for feature in taps.collect().values())
 
 
+def test_only_what_could_overwrite_a_declared_tap_works_out_of_place(network) -> None:
+    rectifiers = network.layer1[2], network.layer2[1]
+    for names, inplace in {
+        ("stages", "penultimate"): [True, True],
+        ("stage1.preactivation",): [False, True],
+        ("module:layer1.1",): [False, False],
+    }.items():
+        taps = attach(network, names)
+        assert [module.inplace for module in rectifiers] == inplace
+        taps.remove()
+        assert [module.inplace for module in rectifiers] == [True, True]
+
+
 def test_nothing_is_recorded_outside_the_context(network, inputs) -> None:
     taps = attach(network, ("stages",))
     network(inputs)

@@ -237,3 +237,32 @@ def test_impossible_shapes_of_networks_are_refused() -> None:
         ResNet(num_classes=10, blocks=(1, 1), widths=(16, 32, 64))
     with pytest.raises(ValueError, match="five groups"):
         VGG(num_classes=10, convolutions=(1, 1))
+
+
+@pytest.mark.parametrize("name", LIGHT + ["resnet50", "small_cnn", "mlp"])
+def test_no_tap_is_overwritten_in_place(name: str) -> None:
+    """Taps of one forward against copies made at the moment of recording."""
+    torch.manual_seed(0)
+    network = build(name, num_classes=10, input_shape=(1, 8, 8)).eval()
+    names = list(tap_points(network))
+    taps = attach(network, [tap for tap in names if not tap.endswith(".norm")])
+    copies: dict[str, torch.Tensor] = {}
+
+    def keep(tap: str):
+        def hook(_: nn.Module, arguments: tuple, output: torch.Tensor | None = None) -> None:
+            copies[tap] = (arguments[0] if output is None else output).clone()
+
+        return hook
+
+    for tap in taps.names:
+        location = tap_points(network)[tap]
+        module = network.get_submodule(location.removeprefix("input:"))
+        if location.startswith("input:"):
+            module.register_forward_pre_hook(keep(tap))
+        else:
+            module.register_forward_hook(keep(tap))
+    with taps, torch.no_grad():
+        network(torch.randn(2, 1, 8, 8))
+    features = taps.collect()
+    assert set(copies) == set(features)
+    assert all(torch.equal(features[tap], copies[tap]) for tap in features)
