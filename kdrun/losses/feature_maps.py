@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -95,3 +98,66 @@ def gaussian_negative_log_likelihood(mean: Tensor, target: Tensor, variance: Ten
         variance: positive, of a shape that broadcasts to it.
     """
     return 0.5 * ((mean - target).square() / variance + variance.log()).mean()
+
+
+@full_precision
+def hierarchical_context_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared error at several spatial resolutions, the coarser ones weighted less.
+
+    Chen et al., CVPR 2021, section 3.4: the full map counts 1, its averages over 4x4, 2x2 and 1x1
+    cells count 1/2, 1/4, 1/8 as far as they are smaller than the map (a skipped one does not use up
+    a weight), over the sum of the weights. Mean over all entries of each resolution.
+
+    Args:
+        student: ``(B, C, H, W)``.
+        teacher: the same shape.
+    """
+    losses, weights = [F.mse_loss(student, teacher)], [1.0]
+    for cells in (4, 2, 1):
+        if cells < student.shape[2]:
+            coarse = (F.adaptive_avg_pool2d(features, cells) for features in (student, teacher))
+            losses.append(F.mse_loss(*coarse))
+            weights.append(weights[-1] / 2)
+    weighted = [weight * loss for weight, loss in zip(weights, losses, strict=True)]
+    return torch.stack(weighted).sum() / sum(weights)
+
+
+def negative_margin(weight: Tensor, bias: Tensor) -> Tensor:
+    """Expected value of the negative part of a batch-normalised channel.
+
+    Heo et al., ICCV 2019, equation 6: batch norm gives a channel about the distribution
+    ``N(bias, weight^2)``, whose mean below zero this is. Where less than 0.1% lies below zero,
+    three standard deviations below zero stand in for it, as in the official code.
+
+    Args:
+        weight: ``(C,)``, the scale of the batch norm.
+        bias: ``(C,)``, its shift.
+
+    Returns:
+        ``(C,)``, at most 0.
+    """
+    deviation = weight.abs().clamp(min=torch.finfo(weight.dtype).tiny)
+    ratio = bias / deviation
+    below = torch.special.ndtr(-ratio)
+    density = torch.exp(-ratio.square() / 2) / math.sqrt(2 * math.pi)
+    return torch.where(below > 1e-3, bias - deviation * density / below, -3 * deviation)
+
+
+@full_precision
+def partial_squared_error(student: Tensor, teacher: Tensor, margin: Tensor) -> Tensor:
+    """Squared distance from the teacher's pre-activations where the ReLU leaves a difference.
+
+    Heo et al., ICCV 2019, equations 3 and 5: teacher values are raised to ``margin``; where the
+    raised value is not positive and the student is below it already, nothing is asked.
+
+    Args:
+        student: ``(B, C, H, W)``.
+        teacher: the same shape.
+        margin: ``(C,)``, not positive.
+
+    Returns:
+        The sum over channels and positions, mean over samples.
+    """
+    target = torch.maximum(teacher, margin[:, None, None])
+    asked = (student > target) | (target > 0)
+    return torch.where(asked, (student - target).square(), 0).sum() / len(student)
