@@ -68,7 +68,10 @@ def assemble(
     torch.manual_seed(seed)
     method.supervised_loss = task.supervised_loss
     batch = sample_batch(data, method.views)
-    student = method.wrap(student, teachers, batch.inputs)
+    try:
+        student = method.wrap(student, teachers, batch.inputs)
+    except ValueError as error:
+        raise UserError(f"{type(method).__name__}: {error}") from error
     networks = {STUDENT: student, **teachers}
     taps: dict[str, Taps] = {}
     for role, names in method.taps().items():
