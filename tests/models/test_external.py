@@ -12,6 +12,7 @@ from torch import nn
 
 from kdrun.checkpoints import load_weights, save_weights
 from kdrun.errors import UserError
+from kdrun.layers.taps import attach
 from kdrun.models.external import hf_model, timm_model, torchvision_model
 
 VIT = "vit_tiny_patch16_224"
@@ -218,3 +219,29 @@ def test_code_that_comes_with_weights_is_not_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="trust_remote_code"):
         hf_model(name=str(tmp_path), pretrained=True, num_classes=5)
     assert not trap.exists()
+
+
+# -- the ImageNet networks of the distillation literature -------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("library", "name", "parameters", "pooled"),
+    [
+        (torchvision_model, "resnet18", 11_689_512, 512),
+        (torchvision_model, "resnet34", 21_797_672, 512),
+        (torchvision_model, "resnet50", 25_557_032, 2048),
+        (timm_model, "mobilenetv1_100", 4_231_976, 1024),
+    ],
+)
+def test_imagenet_networks(library, name: str, parameters: int, pooled: int) -> None:
+    with torch.device("meta"):
+        network = library(name=name, num_classes=1000)
+        inputs = torch.zeros(1, 3, 224, 224)
+    assert sum(p.numel() for p in network.parameters()) == parameters
+    taps = attach(network, ("stem", "stages", "stages.preactivation", "penultimate"), inputs)
+    with taps:
+        network.eval()(inputs)
+    features = taps.collect()
+    assert features.pop("penultimate").shape == (1, pooled)
+    sides = [112, 56, 28, 14, 7, 56, 28, 14, 7]
+    assert [feature.shape[-1] for feature in features.values()] == sides
