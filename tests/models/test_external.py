@@ -221,7 +221,7 @@ def test_code_that_comes_with_weights_is_not_run(tmp_path: Path) -> None:
     assert not trap.exists()
 
 
-# -- the ImageNet networks of the distillation literature -------------------------------------------
+# -- the ImageNet networks of the distillation literature ------------------------------------------
 
 
 @pytest.mark.parametrize(
