@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -18,6 +19,8 @@ from kdrun.data.resident import Samples
 from kdrun.data.sources import ImageSource
 
 FORMAT = 1
+
+log = logging.getLogger(__name__)
 
 
 def cache_root() -> Path:
@@ -72,6 +75,7 @@ def _fill(
     folder: Path, source: ImageSource, channels: int, size: int | None, resize: int | None
 ) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
+    log.info("decoding %d images, once; kept in %s", len(source.target), folder.parent)
     scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
         images = np.lib.format.open_memmap(

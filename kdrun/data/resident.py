@@ -37,9 +37,9 @@ class Samples:
 
     def __post_init__(self) -> None:
         if not self.content:
-            kind = f"{self.inputs.dtype} {tuple(self.inputs.shape)}"
-            data = self.inputs.cpu().contiguous().numpy()
-            self.content = hashlib.sha256(kind.encode() + data.tobytes()).hexdigest()
+            digest = hashlib.sha256(f"{self.inputs.dtype} {tuple(self.inputs.shape)}".encode())
+            digest.update(self.inputs.cpu().contiguous().numpy())
+            self.content = digest.hexdigest()
 
     def __len__(self) -> int:
         return self.target.shape[0]

@@ -191,8 +191,13 @@ def open_hub(
     rows = rows.cast_column(image_column, datasets.Image(decode=False))
     label = f"{folder or name}, {split}"
     target, class_names = _classes(rows, label_column, label)
-    content = content_of(data_files(folder), folder) if folder else rows._fingerprint
-    return HubSource(rows, image_column, target, class_names, f"{content} {split}", label)
+    content = f"{split} {content_of(data_files(folder), folder) if folder else _stored_as(rows)}"
+    return HubSource(rows, image_column, target, class_names, content, label)
+
+
+def _stored_as(rows: Any) -> str:
+    """Configuration, version and commit of a hub data set, as its local copy is named."""
+    return " ".join("/".join(Path(file["filename"]).parts[-4:]) for file in rows.cache_files)
 
 
 def _classes(rows: Any, column: str, label: str) -> tuple[Tensor, list[str]]:
