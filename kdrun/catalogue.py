@@ -21,8 +21,12 @@ ROLES = ("teacher", "student")
 GROUPS = ("method", "recipe", "dataset", "task", "training", *ROLES, "trainer", "logger")
 """Config groups as they are typed; the two roles share the folder ``model``."""
 
-SWEEP_GROUPS = {"launcher": "sweep/hydra/launcher", "sweeper": "sweep/hydra/sweeper"}
-"""Groups that only ``-m`` reads, and their folders."""
+SWEEP_GROUPS = {
+    "launcher": "sweep/hydra/launcher/kdrun",
+    "sweeper": "sweep/hydra/sweeper/kdrun",
+}
+"""Groups that only ``-m`` reads, and their folders. Hydra's plugins have configs of the same names,
+which a folder of our own keeps apart."""
 
 ENTRY_POINTS = "kdrun.config"
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kdrun.catalogue import GROUPS, ROLES, Catalogue
+from kdrun.catalogue import GROUPS, ROLES, SWEEP_GROUPS, Catalogue
 from kdrun.errors import UserError
 from kdrun.targets import is_dotted_path
 
@@ -93,6 +93,8 @@ def parse_word(word: str, catalogue: Catalogue) -> Override:
     key = key.lstrip("+").removeprefix("model@")
     if not _KEY.fullmatch(key):
         raise UserError(f"{word}: {key or 'the part before ='} is not a key")
+    if key.split(".")[0].split("/")[0] in (*SWEEP_GROUPS, "hydra", "fail_fast"):
+        raise UserError(f"{word}: is a setting of many runs; it goes with -m (kdrun -m ...)")
     parsed = _parse(word, key, text)
     if parsed.is_sweep_override():
         values, interval = _values(parsed, key, catalogue)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -50,6 +51,7 @@ def run_config(config: Config, words: Sequence[str], flags: Sequence[str]) -> Ou
             print(line, flush=True)
         from kdrun.experiment import run_experiment
 
+        gc.enable()
         try:
             with allowing(config.values["allow_packages"]):
                 result = run_experiment(

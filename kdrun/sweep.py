@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import logging
 import math
 import shlex
 import time
@@ -79,6 +80,8 @@ def sweep(words: Sequence[str], flags: Sequence[str], catalogue: Catalogue) -> i
     if problems:
         raise ConfigErrors(list(dict.fromkeys(problems)))
     directory = _directory(hydra_words)
+    if searching:
+        hydra_words += _continue_study(hydra_words, directory, catalogue)
     job = Job(
         flags=tuple(flags),
         directories=tuple(str(directory) for directory in catalogue.directories[1:]),
@@ -90,7 +93,8 @@ def sweep(words: Sequence[str], flags: Sequence[str], catalogue: Catalogue) -> i
     stopped = _multirun(overrides, hydra_words, directory, job, catalogue)
     records = [record for record in read_records(directory / "jobs") if record.began >= began]
     print(summary(records, overrides, directory, flags))
-    if stopped:
+    failed = any(record.status == "failed" for record in records)
+    if stopped and not (fail_fast and failed):
         again = [*flags, "-m", *words]
         if not any(word.startswith("hydra.sweep.dir=") for word in words):
             again.append(f"hydra.sweep.dir={directory}")
@@ -108,12 +112,16 @@ def summary(
     for record in records:
         told = " ".join(word for word in record.words if word.partition("=")[0] in varied)
         value = "" if record.objective is None else f"{record.objective:.4f}"
-        rows.append((f"#{record.number}", told, record.status, value))
+        # Nothing runs any more: its process was ended before it could tell.
+        status = "stopped" if record.status == "running" else record.status
+        rows.append((f"#{record.number}", told, status, value))
     failed = [record for record in records if record.status == "failed"]
     lines = [columns([("", "", "", "validation"), *rows])] if rows else []
     lines.append(f"{len(records)} runs, {len(failed)} failed  {directory}")
     for record in failed:
         lines.append(f"  #{record.number} {record.error}")
+        if record.trace:
+            lines.append(f"     {directory}/jobs/{record.number}.json has the traceback")
         lines.append(f"     kdrun {shlex.join([*flags, *record.words])}")
     return "\n".join(lines)
 
@@ -153,7 +161,7 @@ def _hydra_words(settings: Sequence[str], catalogue: Catalogue) -> tuple[list[st
                 continue
             chosen[key] = name
             problems += _missing_package(key, name, catalogue)
-            words.append(f"hydra/{word}")
+            words.append(f"hydra/{key}={name if name == 'basic' else f'kdrun/{name}'}")
     for word in settings:
         key, equals, _ = word.partition("=")
         group, _, option = key.partition(".")
@@ -192,6 +200,37 @@ def _directory(hydra_words: Sequence[str]) -> Path:
     if given:
         return Path(given[-1].partition("=")[2].strip("'\"")).resolve()
     return Path("outputs", "sweeps", time.strftime("%Y-%m-%d_%H-%M-%S")).resolve()
+
+
+def _continue_study(hydra_words: Sequence[str], directory: Path, catalogue: Catalogue) -> list[str]:
+    """Overrides that make ``sweeper.n_trials`` the total of a study that exists already.
+
+    Raises:
+        UserError: the study has that many trials.
+    """
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    typed = dict(word.removeprefix("hydra.sweeper.").split("=", 1) for word in hydra_words)
+    settings = load_yaml(catalogue.path("sweeper", "optuna")) | typed
+    storage = settings["storage"].replace("${hydra.sweep.dir}", str(directory))
+    try:
+        study = optuna.load_study(study_name=settings["study_name"], storage=storage)
+    except KeyError:  # There is no such study yet.
+        return []
+    finished = [trial for trial in study.trials if trial.state.is_finished()]
+    left = int(settings["n_trials"]) - len(finished)
+    if left <= 0:
+        raise UserError(
+            f"the study in {storage} has {len(finished)} trials, best value "
+            f"{study.best_value:.4f} with {study.best_params}; raise sweeper.n_trials to go on"
+        )
+    # The same seed would draw the same first trials again.
+    seed = int(settings.get("sampler.seed", settings["sampler"]["seed"]))
+    return [
+        f"hydra.sweeper.n_trials={left}",
+        f"hydra.sweeper.sampler.seed={seed + len(study.trials)}",
+    ]
 
 
 # -- checks ----------------------------------------------------------------------------------------
@@ -253,6 +292,9 @@ def _multirun(
         *(word for word in hydra_words if not word.startswith("hydra.sweep.dir=")),
         *(_handed_over(override) for override in overrides),
     ]
+    # What they tell of failures, the records and the summary tell too.
+    for name in ("hydra", "hydra_plugins"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     trees = [tree / "sweep" for tree in catalogue.directories if (tree / "sweep").is_dir()]
     if len(trees) > 1:
         words.append(f"hydra.searchpath=[{','.join(f'file://{tree}' for tree in trees[1:])}]")
