@@ -12,6 +12,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,6 +26,9 @@ from kdrun.data.seeding import stream_seed
 from kdrun.data.sources import ImageSource
 from kdrun.errors import UserError
 from kdrun.outputs import Batch
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 CROP = 3
 """What the random stream of a crop is for, after seed and epoch; see ``kdrun.data.loader``."""
@@ -203,7 +207,7 @@ class _Crops(Dataset):
         tensors = {name: torch.from_numpy(crop) for name, crop in crops.items()}
         return tensors, self.samples.target[rows], self.samples.index[rows]
 
-    def _crop(self, image, words: tuple[int, ...]):
+    def _crop(self, image: Image, words: tuple[int, ...]) -> Image:
         from torchvision.transforms import RandomResizedCrop
         from torchvision.transforms.v2 import functional
 

@@ -9,6 +9,8 @@ Images are ``(B, C, H, W)`` uint8 with ``C`` 1 or 3. A *table* maps each of the 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -126,8 +128,14 @@ def _rgb(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
     falling = rounded(bright * (1 - strength * fraction))
     rising = rounded(bright * (1 - strength * (1 - fraction)))
     levels = torch.stack([value.byte(), low, falling, rising], dim=1)
-    # Which of (value, low, falling, rising) each channel takes in each of the six sectors.
-    choice = torch.tensor(
-        [[0, 2, 1, 1, 3, 0], [3, 0, 0, 2, 1, 1], [1, 1, 3, 0, 0, 2]], device=hue.device
-    )
+    choice = _level_by_sector(hue.device)
     return levels.gather(1, choice[:, sector.long() % 6].transpose(0, 1))
+
+
+@functools.cache
+def _level_by_sector(device: torch.device) -> Tensor:
+    """Which of (value, low, falling, rising) each channel takes in each sixth of the hue circle.
+
+    Kept per device: sending even a small table there would make the host wait.
+    """
+    return torch.tensor([[0, 2, 1, 1, 3, 0], [3, 0, 0, 2, 1, 1], [1, 1, 3, 0, 0, 2]], device=device)
