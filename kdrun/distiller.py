@@ -174,7 +174,7 @@ class Distiller(LightningModule):
         optimizers = self.optimizers(use_pl_optimizer=False)
         self._optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
         self._schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
-        self._parameters = [
+        self._trained_parameters = [
             [p for group in optimizer.param_groups for p in group["params"]]
             for optimizer in self._optimizers
         ]
@@ -224,7 +224,9 @@ class Distiller(LightningModule):
     def _update(self, which: Sequence[int]) -> None:
         for number in which:
             if self.optimization.clip_norm is not None:
-                nn.utils.clip_grad_norm_(self._parameters[number], self.optimization.clip_norm)
+                nn.utils.clip_grad_norm_(
+                    self._trained_parameters[number], self.optimization.clip_norm
+                )
             self._optimizers[number].step()
             self._optimizers[number].zero_grad(set_to_none=True)
 
@@ -272,20 +274,21 @@ class Distiller(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Start fresh metrics for the deployed student."""
-        self._validated = self.deployed()
-        self._was_training = self._validated.training
-        self._validated.eval()
-        self._metrics = self.task.metrics().to(self.device)
+        network = self.deployed()
+        was_training = network.training
+        # In a plain tuple: as attributes they would become part of this module and its checkpoints.
+        self._judged = (network.eval(), self.task.metrics().to(self.device), was_training)
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """Judge one batch."""
-        output = self.task.forward(self._validated, batch)
-        self.task.update_metrics(self._metrics, output, batch)
+        network, metrics, _ = self._judged
+        self.task.update_metrics(metrics, self.task.forward(network, batch), batch)
 
     def on_validation_epoch_end(self) -> None:
         """Reduce the metrics over ranks and leave them in ``validation``."""
-        self.validation = self.task.compute(self._metrics)
-        self._validated.train(self._was_training)
+        network, metrics, was_training = self._judged
+        self.validation = self.task.compute(metrics)
+        network.train(was_training)
 
     # -- state ---------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from kdrun import distributed
-from kdrun.build import instantiate
+from kdrun.build import allowing, instantiate
 from kdrun.data.module import DataModule
 from kdrun.errors import Interrupted
 from kdrun.interruption import SignalWatch, Stopped
@@ -60,7 +60,7 @@ def run_experiment(
         return _dry_run(config, names, overrides, command, console)
     directory = run_directory(config, names)
     key = identity(config) | {"seed": config["seed"]}
-    with SignalWatch() as watch:
+    with SignalWatch() as watch, allowing(config["allow_packages"]):
 
         def produce(where: Path) -> None:
             _run_stages(config, names, overrides, command, where, console, watch)

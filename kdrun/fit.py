@@ -97,8 +97,8 @@ def fit(
     if saved is None or saved["epoch"] < distiller.epochs:
         blocks = Blocks(train, distiller, steps)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*does not have many workers.*")
-            warnings.filterwarnings("ignore", ".*dataloader.*", UserWarning)
+            # Lightning's remarks about loaders and its own dependencies are not the user's concern.
+            warnings.filterwarnings("ignore", module="lightning")
             trainer.fit(distiller, blocks, validation)
         distiller.cpu()
     else:
@@ -177,7 +177,7 @@ class _Session(Callback):
         saved: dict[str, Any] | None,
     ) -> None:
         self.distiller, self.directory, self.best, self.key = distiller, directory, best, key
-        self.log, self.watch = log, watch
+        self.reporter, self.watch = log, watch
         self.checkpoint_seconds = checkpoint_seconds
         self.saved = saved
         self.outcome = Outcome()
@@ -196,7 +196,7 @@ class _Session(Callback):
             progress = trainer.fit_loop.epoch_progress.current
             progress.ready = progress.started = module.epoch
             progress.processed = progress.completed = module.epoch
-            self.log.say(
+            self.reporter.say(
                 f"continuing at epoch {module.epoch + 1} of {module.epochs}, "
                 f"step {module.position} of {module.steps_per_epoch}"
             )
@@ -209,7 +209,7 @@ class _Session(Callback):
     def after_step(self) -> None:
         """Show progress; save where it is time; honour a signal. Must cost next to nothing."""
         module = self.distiller
-        self.log.step(module)
+        self.reporter.step(module)
         now = time.monotonic()
         if distributed.world_size() > 1:
             if module.step_count % SIGNAL_EXCHANGE == 0:
@@ -240,14 +240,14 @@ class _Session(Callback):
         self.save()
         if distributed.rank() == 0:
             write_atomically(self.directory / "metrics.csv", _as_csv(history))
-            self.log.epoch(row, module.epochs)
+            self.reporter.epoch(row, module.epochs)
         received = max(distributed.gather_objects(self.watch.received))
         if received and module.epoch < module.epochs:
             raise Stopped(received)
 
     def _row(self, trainer: Trainer, module: Distiller) -> EpochRow:
         seconds = time.perf_counter() - self._epoch_began
-        samples = (module.position - self._epoch_first) * self.log.batch_size
+        samples = (module.position - self._epoch_first) * self.reporter.batch_size
         row: EpochRow = {"epoch": module.epoch + 1, "step": module.step_count}
         row["learning_rate"] = module._optimizers[0].param_groups[0]["lr"]
         row |= module.sums.read()

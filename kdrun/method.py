@@ -86,9 +86,7 @@ class Method(nn.Module):
         """
         return {}
 
-    def wrap(
-        self, student: nn.Module, teachers: Mapping[str, nn.Module], sample: Any
-    ) -> nn.Module:
+    def wrap(self, student: nn.Module, teachers: Mapping[str, nn.Module], sample: Any) -> nn.Module:
         """Give the student what the method needs (a second head, exits); default: nothing.
 
         Args:

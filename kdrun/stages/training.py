@@ -14,15 +14,13 @@ from kdrun.distiller import Distiller, Optimization
 from kdrun.fit import Outcome, fit, make_trainer
 from kdrun.interruption import Stopped
 from kdrun.logs import TrainingLog, make_loggers
+from kdrun.models.build import ROLE_KEYS
 from kdrun.optimization import make_optimizer, make_scheduler
 from kdrun.stages.stage import Context
 from kdrun.store import fingerprint, write_json
 
 FORMAT = 1
 """Raised when a change of the code makes stored networks incomparable with new ones."""
-
-ROLE_KEYS = ("checkpoint", "init_from", "mode", "seed", "weights", "allow_chance", "finetune")
-"""Entries of a network's config node that say what it is for, not what it is."""
 
 
 def architecture(node: Mapping[str, Any]) -> dict[str, Any]:
