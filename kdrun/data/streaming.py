@@ -169,8 +169,9 @@ class _Places(Sampler):
         return self.maker.options.batches(self.maker.size) - self.start
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch = self.epoch  # batches are asked for ahead of their use
         for position in range(self.start, self.start + len(self)):
-            yield self.of(self.epoch, position)
+            yield self.of(epoch, position)
 
     def of(self, epoch: int, position: int) -> list[tuple[int, int]]:
         """``(epoch, row)`` of every sample of a batch."""
