@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 import traceback
@@ -12,6 +11,7 @@ from dataclasses import dataclass, field
 from kdrun import __version__
 from kdrun.catalogue import GROUPS, Catalogue, nearest, open_catalogue
 from kdrun.errors import Interrupted, UserError
+from kdrun.parameters import find_source
 
 FIRST_WORDS = f"""\
 kdrun {__version__}: knowledge-distillation experiments from config files. Offline, on a CPU:
@@ -97,8 +97,8 @@ def run(arguments: Sequence[str]) -> int:
         # The reader of our output (head, less) has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        _say_broken(error)
         return 1
 
 
@@ -107,6 +107,17 @@ def _say(text: str) -> None:
 
     if is_main():
         print(text, file=sys.stderr, flush=True)
+
+
+def _say_broken(error: Exception) -> None:
+    """The traceback of what is no user's mistake; one line in all processes but the first."""
+    from kdrun.launch import is_main
+
+    if is_main():
+        traceback.print_exception(error)
+    else:
+        rank = os.environ.get("RANK", "?")
+        print(f"process {rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
 
 
 def _read(arguments: Sequence[str]) -> CommandLine:
@@ -275,7 +286,7 @@ def _table(line: CommandLine) -> int:
 
 
 def _report(line: CommandLine) -> int:
-    from kdrun.report import main
+    from kdrun.report.command import main
 
     return main(line.words)
 
@@ -319,7 +330,7 @@ VERBS = {
     ),
     "diff": Verb(_diff, "RUN RUN", "config and results of two runs side by side"),
     "table": Verb(_table, "NAME", "run and print a table of methods and seeds", "kdrun.table"),
-    "report": Verb(_report, "DIR", "tables and curves of finished runs", "kdrun.report.main"),
+    "report": Verb(_report, "DIR", "tables and curves of finished runs", "kdrun.report.command"),
     "doctor": Verb(_doctor, "", "versions, extras, hardware: what a bug report needs"),
     "complete": Verb(_complete),
 }
@@ -330,7 +341,7 @@ def available_verbs() -> dict[str, Verb]:
     return {
         name: verb
         for name, verb in VERBS.items()
-        if not verb.module or importlib.util.find_spec(verb.module) is not None
+        if not verb.module or find_source(verb.module) is not None
     }
 
 

@@ -62,8 +62,6 @@ def launch(words: Sequence[str], trainer: Mapping[str, Any]) -> dict[str, Any]:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # What goes wrong in a process is printed by that process.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="kdrun-") as folder:
         outcome = Path(folder, "outcome.json")
         settings = LaunchConfig(
@@ -79,6 +77,8 @@ def launch(words: Sequence[str], trainer: Mapping[str, Any]) -> dict[str, Any]:
         added = {OUTCOME: str(outcome), "OMP_NUM_THREADS": str(threads)}
         added |= {name: os.environ[name] for name in ("OMP_NUM_THREADS",) if name in os.environ}
         exit_code = 0
+        # What goes wrong in a process is printed by that process.
+        logging.disable(logging.ERROR)
         with _environment(added):
             try:
                 elastic_launch(settings, sys.executable)("-m", "kdrun", *words)
@@ -86,6 +86,8 @@ def launch(words: Sequence[str], trainer: Mapping[str, Any]) -> dict[str, Any]:
                 exit_code = 1
             except SignalException as error:
                 exit_code = 128 + error.sigval
+            finally:
+                logging.disable(logging.NOTSET)
         told = json.loads(outcome.read_text(encoding="utf-8")) if outcome.is_file() else {}
         return told | {"exit_code": told.get("exit_code") or exit_code}
 

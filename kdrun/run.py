@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -72,9 +71,3 @@ def _silent_unless_main() -> Iterator[None]:
         return
     with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
         yield
-
-
-def say_error(text: str) -> None:
-    """Print a line for the user on standard error, in the first of several processes."""
-    if launch.is_main():
-        print(text, file=sys.stderr, flush=True)

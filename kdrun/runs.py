@@ -73,7 +73,7 @@ def resume_config(run: Path, words: list[str], catalogue: Catalogue) -> tuple[Co
 
 
 def diff(first: Path, second: Path) -> str:
-    """Config entries in which two runs differ, and their results side by side."""
+    """Config entries and results in which two runs differ, side by side."""
     parts = []
     rows = [
         (key, spell(old), spell(new))
@@ -89,8 +89,13 @@ def diff(first: Path, second: Path) -> str:
     table = []
     for key in dict.fromkeys([*numbers[0], *numbers[1]]):
         a, b = (found.get(key) for found in numbers)
+        if a == b:
+            continue
         change = f"{b - a:+.4g}" if a is not None and b is not None else ""
         table.append((key, _show(a), _show(b), change))
+    if not table:
+        return "\n\n".join([*parts, "Results: the same"])
+    table.insert(0, ("", "first", "second", "difference"))
     parts.append("Results\n" + columns(table, indent="  "))
     return "\n\n".join(parts)
 
