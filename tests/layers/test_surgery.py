@@ -36,6 +36,17 @@ def test_the_outermost_of_equal_maps_is_taken() -> None:
     assert find_pooled_map(network, SAMPLE)[0] == "shuffle"
 
 
+def test_tiny_features_are_told_apart() -> None:
+    network = FunctionalPooling()
+    network.features = nn.Conv2d(1, 4, 3)
+    network.last = nn.Conv2d(4, 4, 3)
+    with torch.no_grad():
+        for parameter in network.features.parameters():
+            parameter.mul_(1e-7)
+        network.last.bias.zero_()
+    assert find_pooled_map(network, SAMPLE)[0] == "shuffle"
+
+
 def test_networks_of_torchvision_are_read_too() -> None:
     models = pytest.importorskip("torchvision.models")
     sample = torch.randn(2, 3, 64, 64)
