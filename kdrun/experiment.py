@@ -6,7 +6,7 @@ import shlex
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +16,19 @@ from kdrun import distributed
 from kdrun.build import allowing, instantiate
 from kdrun.data.module import DataModule
 from kdrun.errors import Interrupted
+from kdrun.identity import identity, run_directory
 from kdrun.interruption import SignalWatch, Stopped
+from kdrun.loggers import check_logger, open_loggers
 from kdrun.logs import Console
 from kdrun.process import prepare_process
 from kdrun.provenance import environment
 from kdrun.report.summary import summary_table
 from kdrun.stages.stage import Context, Stage
-from kdrun.store import Store, fingerprint, make_once, read_json, write_atomically, write_json
+from kdrun.store import Store, make_once, read_json, write_atomically, write_json
 from kdrun.tasks.task import Task
 
 RESULT_SCHEMA = 1
 RESULT = "result.json"
-NOT_IDENTITY = ("output_dir", "rerun", "dry", "logger", "seed", "allow_packages")
-"""Config entries that do not change what a run computes; the seed has a folder of its own."""
 
 
 def run_experiment(
@@ -81,23 +81,6 @@ def run_experiment(
     return result
 
 
-def identity(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a configuration that determines what a run computes."""
-    return {name: value for name, value in config.items() if name not in NOT_IDENTITY}
-
-
-def run_directory(config: Mapping[str, Any], names: Mapping[str, str]) -> Path:
-    """``<output_dir>/<dataset>/<teacher>-<student>/<method>-<hash8>/seed<k>``."""
-    safe = {group: name.replace("/", "_") for group, name in names.items()}
-    return Path(
-        config["output_dir"],
-        safe["dataset"],
-        f"{safe['teacher']}-{safe['student']}",
-        f"{safe['method']}-{fingerprint(identity(config), 8)}",
-        f"seed{config['seed']}",
-    )
-
-
 def prepare_data(config: Mapping[str, Any]) -> tuple[DataModule, Task]:
     """The data set, loaded and split, and the task on it."""
     data = instantiate(dict(config["dataset"]))
@@ -132,20 +115,25 @@ def _run_stages(
         write_atomically(directory / "overrides.txt", "".join(f"{o}\n" for o in overrides))
         write_json(directory / "env.json", environment() | {"command": shlex.join(command)})
     data, task = prepare_data(config)
-    context = Context(
-        config=config,
-        names=dict(names),
-        data=data,
-        task=task,
-        store=Store(Path(config["output_dir"], "store"), console.say),
-        run_directory=directory,
-        console=console,
-        watch=watch,
-        limit_batches=limit_batches,
-    )
-    for name, stage in stages_of(config).items():
-        watch.raise_if_received()
-        stage.run(context, name)
+    places = directory, Path(config["output_dir"])
+    with open_loggers(config["logger"], *places, identity(config)) as loggers:
+        context = Context(
+            config=config,
+            names=dict(names),
+            data=data,
+            task=task,
+            store=Store(Path(config["output_dir"], "store"), console.say),
+            run_directory=directory,
+            console=console,
+            watch=watch,
+            loggers=loggers,
+            limit_batches=limit_batches,
+        )
+        for name, stage in stages_of(config).items():
+            watch.raise_if_received()
+            stage.run(context, name)
+        for logger in loggers:
+            logger.log_metrics(dict(test_metrics(context.result)))
     if main:
         facts = {
             "schema": RESULT_SCHEMA,
@@ -157,10 +145,20 @@ def _run_stages(
             "command": shlex.join(["kdrun", *command]),
             "directory": str(directory),
             "data": data.fingerprint,
+            "num_classes": data.num_classes,
+            "input_shape": list(data.input_shape),
             "artefacts": {name: artefact.name for name, artefact in context.artefacts.items()},
             "seconds": time.time() - began,
         }
         write_json(directory / RESULT, facts | context.result)
+
+
+def test_metrics(result: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """The test results of all networks under flat names: ``distilled/test_last/accuracy``."""
+    for role, entry in result.get("networks", {}).items():
+        for key in ("test", "test_last", "test_best"):
+            for metric, value in entry.get(key, {}).items():
+                yield f"{role}/{key}/{metric}", value
 
 
 def _dry_run(
@@ -174,7 +172,9 @@ def _dry_run(
     folder = Path(distributed.broadcast(tempfile.mkdtemp(prefix="kdrun-dry-")))
     training = config["training"] | {"epochs": 1}
     training["teacher"] = (training["teacher"] or {}) | {"epochs": None}
-    trial = config | {"output_dir": str(folder), "training": training, "dry": False}
+    # A trial leaves no entry in a logger, but the logger's package must be there.
+    check_logger(config["logger"])
+    trial = config | {"output_dir": str(folder), "training": training, "logger": {"name": "csv"}}
     try:
         for attempt in ("first", "again"):
             with SignalWatch() as watch:

@@ -27,14 +27,9 @@ from filelock import FileLock, Timeout
 
 from kdrun import distributed
 from kdrun.errors import UserError
+from kdrun.identity import fingerprint
 
 MARKER = "artefact.json"
-
-
-def fingerprint(key: Mapping[str, Any], length: int = 16) -> str:
-    """Hexadecimal name of a nested mapping of plain values, whatever the order of its keys."""
-    text = json.dumps(key, sort_keys=True, separators=(",", ":"), default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:length]
 
 
 def file_sha256(path: Path) -> str:
@@ -184,7 +179,10 @@ def is_complete(directory: Path) -> bool:
 
 
 def commit(directory: Path, key: Mapping[str, Any]) -> None:
-    """Mark the artefact complete, with the size and checksum of each of its files."""
+    """Mark the artefact complete, with the size and checksum of each of its files.
+
+    Logs (``log.txt``, ``logs/``) are no part of it: they may be moved or thrown away.
+    """
     files = {
         str(path.relative_to(directory)): {
             "bytes": path.stat().st_size,

@@ -1,0 +1,35 @@
+"""What names a run: the part of its configuration that determines what it computes; no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+NOT_IDENTITY = ("output_dir", "rerun", "dry", "logger", "seed", "allow_packages")
+"""Config entries that do not change what a run computes; the seed has a folder of its own."""
+
+
+def fingerprint(key: Mapping[str, Any], length: int = 16) -> str:
+    """Hexadecimal name of a nested mapping of plain values, whatever the order of its keys."""
+    text = json.dumps(key, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def identity(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a configuration that determines what a run computes."""
+    return {name: value for name, value in config.items() if name not in NOT_IDENTITY}
+
+
+def run_directory(config: Mapping[str, Any], names: Mapping[str, str]) -> Path:
+    """``<output_dir>/<dataset>/<teacher>-<student>/<method>-<hash8>/seed<k>``."""
+    safe = {group: name.replace("/", "_") for group, name in names.items()}
+    return Path(
+        config["output_dir"],
+        safe["dataset"],
+        f"{safe['teacher']}-{safe['student']}",
+        f"{safe['method']}-{fingerprint(identity(config), 8)}",
+        f"seed{config['seed']}",
+    )
