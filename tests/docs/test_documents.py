@@ -1,0 +1,142 @@
+"""Every command in the README and in docs/ is run (``tests/docs/blocks.py`` says how)."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kdrun.catalogue import open_catalogue
+from kdrun.config import compose
+from tests.docs.blocks import DOCUMENTS, ROOT, Block, Command, blocks, shortened
+
+BLOCKS = [block for document in DOCUMENTS for block in blocks(document)]
+COMMAND_BLOCKS = [block for block in BLOCKS if block.commands]
+
+LARGEST_SECONDS = 600
+ELISION = "..."
+
+
+def environment() -> dict[str, str]:
+    """The tested kdrun first on the path, one thread, and no access to the hub."""
+    changed = {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    kept = {name: value for name, value in os.environ.items() if name != "KDRUN_DATA"}
+    return kept | changed
+
+
+def run(command: Command, block: Block, folder: Path) -> str:
+    """Run a command of a block in ``folder``; returns what it printed."""
+    text = shortened(command, block.argument) if block.kind == "add" else command.text
+    # scripts/run is kdrun after the installation, which whoever runs the tests has done.
+    text = re.sub(r"^scripts/run\b", "kdrun", text)
+    done = subprocess.run(
+        ["bash", "-c", text],
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=LARGEST_SECONDS,
+    )
+    expected = 2 if block.kind == "fails" else 0
+    assert done.returncode == expected, f"{block}: {text}\n{done.stdout}"
+    return done.stdout
+
+
+def assert_same_text(shown: str, printed: str) -> None:
+    """The document shows what was printed; a line ``...`` stands for any lines."""
+    pattern = "".join(
+        r"(?:.*\n)*?" if line.strip() == ELISION else re.escape(line.rstrip()) + "\n"
+        for line in shown.rstrip().splitlines()
+    )
+    printed = "".join(f"{line.rstrip()}\n" for line in printed.rstrip().splitlines())
+    assert re.fullmatch(pattern, printed), f"shown:\n{shown}\nprinted:\n{printed}"
+
+
+def assert_same_shape(shown: str, printed: str) -> None:
+    """Every line shown was printed, in that order, whatever its numbers: they depend on the
+    machine, and on how the command was shortened."""
+    rest = iter(map(masked, printed.splitlines()))
+    for line in shown.splitlines():
+        if line.strip() and line.strip() != ELISION:
+            assert masked(line) in rest, f"not printed: {line}\nprinted:\n{printed}"
+
+
+def masked(line: str) -> str:
+    """A line with its fingerprints, numbers and times replaced, and single spaces."""
+    line = re.sub(r"\b[0-9a-f]{8}\b|(?<![A-Za-z_\d])\d[\d.,:]*( s\b)?", "#", line)
+    return " ".join(line.split())
+
+
+def slow_if_it_trains(block: Block) -> pytest.param:
+    return pytest.param(block, id=str(block), marks=[pytest.mark.slow] if block.trains else [])
+
+
+@pytest.mark.parametrize("block", map(slow_if_it_trains, COMMAND_BLOCKS))
+def test_commands(block: Block, tmp_path: Path) -> None:
+    if block.kind == "skip":
+        assert block.argument, f"{block} is skipped without a reason"
+        pytest.skip(block.argument)
+    if block.kind == "compose":
+        for command in block.commands:
+            assert_composes(command)
+        return
+    for other in blocks(block.document):
+        if other.kind == "file":
+            path = tmp_path / other.argument
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(other.text, encoding="utf-8")
+    for command in block.commands:
+        printed = run(command, block, tmp_path)
+        if command.output and block.trains:
+            assert_same_shape(command.output, printed)
+        elif command.output:
+            assert_same_text(command.output, printed)
+
+
+def assert_composes(command: Command) -> None:
+    """The command's config is found without fault."""
+    words = command.words
+    assert words, f"{command.text}: no kdrun command"
+    if words[0] == "-m":
+        from kdrun.sweep import check
+
+        assert check(words[1:], open_catalogue()) == []
+    else:
+        compose(words, open_catalogue())
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_no_command_hides_from_the_tests(document: Path) -> None:
+    for block in blocks(document):
+        if not block.commands:
+            hidden = [
+                line for line in block.text.splitlines() if re.match(r"(\$ |kdrun |scripts/)", line)
+            ]
+            assert not hidden, f"{block} is neither console nor bash"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text(encoding="utf-8")):
+        assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+def test_the_readme_has_its_commands() -> None:
+    found = [c.text for b in COMMAND_BLOCKS if b.document.name == "README.md" for c in b.commands]
+    assert any("method=sinkhorn student=resnet18" in text for text in found)
+    assert "scripts/test" in found
+
+
+def test_the_table_of_methods_is_up_to_date() -> None:
+    command = [sys.executable, ROOT / "scripts" / "document.py", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
