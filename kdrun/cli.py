@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from kdrun import __version__
 from kdrun.catalogue import GROUPS, Catalogue, nearest, open_catalogue
-from kdrun.errors import Interrupted, UserError
+from kdrun.errors import ConfigErrors, Interrupted, UserError
 from kdrun.parameters import find_source
 
 FIRST_WORDS = f"""\
@@ -208,6 +208,14 @@ def _config(line: CommandLine) -> int:
 
 
 def _validate(line: CommandLine) -> int:
+    if line.multirun:
+        from kdrun.sweep import check as check_sweep
+
+        problems = check_sweep(line.words, line.catalogue())
+        if problems:
+            raise ConfigErrors(problems)
+        print("valid")
+        return 0
     from kdrun.build import allowing
     from kdrun.config import compose
 

@@ -15,6 +15,7 @@ import shlex
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from kdrun.browse import columns
@@ -64,30 +65,19 @@ def sweep(words: Sequence[str], flags: Sequence[str], catalogue: Catalogue) -> i
     # Hydra must not conclude from the checks, which hide its plugins, that there are none.
     with suppress(ImportError):
         importlib.import_module("hydra_plugins")
-    settings, job_words_typed = _split(words)
-    fail_fast, settings = _fail_fast(settings)
-    overrides, problems = parse(job_words_typed, catalogue)
-    hydra_words, setting_problems = _hydra_words(settings, catalogue)
-    searching = any(word.startswith("hydra/sweeper=") for word in hydra_words)
-    problems += setting_problems
-    if not searching:
-        problems += [
-            f"{o.word}: a range without steps needs a search (sweeper=optuna)"
-            for o in overrides
-            if o.interval
-        ]
-    problems += _check_values(overrides, catalogue)
+    plan, problems = _read(words, catalogue)
     if problems:
-        raise ConfigErrors(list(dict.fromkeys(problems)))
+        raise ConfigErrors(problems)
+    overrides, hydra_words, fail_fast = plan.overrides, plan.hydra_words, plan.fail_fast
     directory = _directory(hydra_words)
-    if searching:
+    if plan.searches:
         hydra_words += _continue_study(hydra_words, directory, catalogue)
     job = Job(
         flags=tuple(flags),
         directories=tuple(str(directory) for directory in catalogue.directories[1:]),
         records=str(directory / "jobs"),
         fail_fast=fail_fast,
-        raise_failures=searching,
+        raise_failures=plan.searches,
     )
     began = time.time()
     stopped = _multirun(overrides, hydra_words, directory, job, catalogue)
@@ -127,6 +117,43 @@ def summary(
 
 
 # -- words -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Plan:
+    """A sweep as it was typed: words of the runs, settings of launcher and sweeper for Hydra."""
+
+    overrides: list[Override]
+    hydra_words: list[str]
+    fail_fast: bool
+
+    @property
+    def searches(self) -> bool:
+        """Whether a sweeper chooses values itself, instead of running all that were typed."""
+        return any(word.startswith("hydra/sweeper=") for word in self.hydra_words)
+
+
+def check(words: Sequence[str], catalogue: Catalogue) -> list[str]:
+    """What is wrong with the words of a sweep, a line each; nothing is run."""
+    return _read(words, catalogue)[1]
+
+
+def _read(words: Sequence[str], catalogue: Catalogue) -> tuple[_Plan, list[str]]:
+    """The sweep that was typed, and what is wrong with it."""
+    settings, job_words_typed = _split(words)
+    fail_fast, settings = _fail_fast(settings)
+    overrides, problems = parse(job_words_typed, catalogue)
+    hydra_words, setting_problems = _hydra_words(settings, catalogue)
+    plan = _Plan(overrides, hydra_words, fail_fast)
+    problems += setting_problems
+    if not plan.searches:
+        problems += [
+            f"{o.word}: a range without steps needs a search (sweeper=optuna)"
+            for o in overrides
+            if o.interval
+        ]
+    problems += _check_values(overrides, catalogue)
+    return plan, list(dict.fromkeys(problems))
 
 
 def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
