@@ -174,7 +174,8 @@ def _dry_run(
     training["teacher"] = (training["teacher"] or {}) | {"epochs": None}
     # A trial leaves no entry in a logger, but the logger's package must be there.
     check_logger(config["logger"])
-    trial = config | {"output_dir": str(folder), "training": training, "logger": {"name": "csv"}}
+    trial = config | {"output_dir": str(folder), "training": training, "dry": False}
+    trial |= {"logger": {"name": "csv"}}
     try:
         for attempt in ("first", "again"):
             with SignalWatch() as watch:

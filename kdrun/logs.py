@@ -1,12 +1,12 @@
-"""What a user sees of a run while it goes on: lines, one refreshed progress line, and loggers."""
+"""What a user sees of a run while it goes on: lines and one refreshed progress line."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Literal, TextIO
 
 from kdrun import distributed
 
@@ -121,8 +121,10 @@ class TrainingLog:
             f"val {self.objective} {objective:.2f}  {row['samples_per_second']:.0f}/s  "
             f"{clock(row['seconds'] * (epochs - row['epoch']))} left"
         )
+        # MLflow keeps a metric in a file of its name, which cannot be a folder (loss/kd) as well.
+        named = {"loss/total" if name == "loss" else name: value for name, value in row.items()}
         for logger in self.loggers:
-            values = {f"{self.name}/{name}": value for name, value in row.items()}
+            values = {f"{self.name}/{name}": value for name, value in named.items()}
             logger.log_metrics(values, step=int(row["step"]))
 
 
@@ -134,32 +136,3 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(whole, 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def make_loggers(options: Mapping[str, Any], directory: Path, name: str) -> list[Logger]:
-    """The external loggers of the ``logger`` config group; ``csv`` needs none.
-
-    Weights & Biases stays offline unless its ``mode`` says otherwise.
-
-    Args:
-        options: the config group.
-        directory: the run's directory; loggers write below it.
-        name: what to call the run.
-
-    Raises:
-        UserError: the logger's package is not installed.
-    """
-    from kdrun.build import instantiate
-
-    if distributed.rank() != 0 or "_target_" not in options:
-        return []
-    node = {key: value for key, value in options.items() if key != "name"}
-    return [instantiate(node, **_placement(options["name"], directory, name))]
-
-
-def _placement(logger: str, directory: Path, name: str) -> dict[str, Any]:
-    if logger == "wandb":
-        return {"save_dir": str(directory), "name": name}
-    if logger == "tensorboard":
-        return {"save_dir": str(directory / "tensorboard"), "name": "", "version": ""}
-    return {"run_name": name, "tracking_uri": (directory / "mlflow").as_uri()}

@@ -30,6 +30,8 @@ from kdrun.errors import UserError
 from kdrun.identity import fingerprint
 
 MARKER = "artefact.json"
+LOGS = ("log.txt", "logs")
+"""What may be moved or thrown away without harm to a finished artefact."""
 
 
 def file_sha256(path: Path) -> str:
@@ -179,17 +181,16 @@ def is_complete(directory: Path) -> bool:
 
 
 def commit(directory: Path, key: Mapping[str, Any]) -> None:
-    """Mark the artefact complete, with the size and checksum of each of its files.
-
-    Logs (``log.txt``, ``logs/``) are no part of it: they may be moved or thrown away.
-    """
+    """Mark the artefact complete, with the size and checksum of each of its files but ``LOGS``."""
     files = {
         str(path.relative_to(directory)): {
             "bytes": path.stat().st_size,
             "sha256": file_sha256(path),
         }
         for path in sorted(directory.rglob("*"))
-        if path.is_file() and path.name not in (MARKER, "log.txt") and not path.name.startswith(".")
+        if path.is_file()
+        and path.relative_to(directory).parts[0] not in (MARKER, *LOGS)
+        and not path.name.startswith(".")
     }
     write_json(directory / MARKER, {"key": dict(key), "finished": time.time(), "files": files})
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from kdrun.data.module import DataModule
 from kdrun.interruption import SignalWatch
 from kdrun.logs import Console
 from kdrun.store import Artefact, Store
 from kdrun.tasks.task import Task
+
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import Logger
 
 
 @dataclass
@@ -26,6 +29,7 @@ class Context:
         run_directory: what belongs to this run alone.
         console: lines for the user.
         watch: signals that ask for an early end.
+        loggers: external loggers, which get every epoch's metrics.
         artefacts: what the stages so far have left, by the stage's name.
         result: what goes into ``result.json``.
         limit_batches: batches per epoch in a trial; None: all.
@@ -39,6 +43,7 @@ class Context:
     run_directory: Path
     console: Console
     watch: SignalWatch
+    loggers: list[Logger] = field(default_factory=list)
     artefacts: dict[str, Artefact] = field(default_factory=dict)
     result: dict[str, Any] = field(default_factory=dict)
     limit_batches: int | None = None

@@ -12,8 +12,7 @@ from kdrun import distributed
 from kdrun.assembly import Assembly
 from kdrun.distiller import Distiller, Optimization
 from kdrun.fit import Outcome, fit, make_trainer
-from kdrun.interruption import Stopped
-from kdrun.logs import TrainingLog, make_loggers
+from kdrun.logs import TrainingLog
 from kdrun.models.build import ROLE_KEYS
 from kdrun.optimization import make_optimizer, make_scheduler
 from kdrun.stages.stage import Context
@@ -111,30 +110,22 @@ def train(
         for network in (*distiller.networks.values(), *distiller.frozen.values()):
             network.compile()
     assembly.method.prepare(distiller.frozen, loader)
-    loggers = make_loggers(context.config["logger"], context.run_directory, name)
-    log = TrainingLog(context.console, name, batch_size, loggers, context.task.objective)
+    log = TrainingLog(context.console, name, batch_size, context.loggers, context.task.objective)
     # Dropout and the like draw from the global generator: the same for the same seed, whichever
     # stages ran, or were found in the store, before.
     torch.manual_seed(seed)
-    try:
-        outcome = fit(
-            distiller,
-            loader,
-            validation,
-            trainer=trainer,
-            directory=directory,
-            key=fingerprint(key),
-            log=log,
-            watch=context.watch,
-            product=product,
-            limit_batches=context.limit_batches,
-        )
-    except Stopped:
-        for logger in loggers:
-            logger.finalize("aborted")
-        raise
-    for logger in loggers:
-        logger.finalize("success")
+    outcome = fit(
+        distiller,
+        loader,
+        validation,
+        trainer=trainer,
+        directory=directory,
+        key=fingerprint(key),
+        log=log,
+        watch=context.watch,
+        product=product,
+        limit_batches=context.limit_batches,
+    )
     if distributed.rank() == 0:
         write_json(directory / "training.json", summary(context, outcome))
     distributed.barrier()
