@@ -6,6 +6,7 @@ import csv
 import io
 import itertools
 import logging
+import math
 import random
 import time
 import warnings
@@ -26,6 +27,7 @@ from kdrun.interruption import SignalWatch, Stopped
 from kdrun.logs import EpochRow, TrainingLog
 from kdrun.outputs import Batch
 from kdrun.store import atomic_file, write_atomically
+from kdrun.tasks.task import Task
 
 CHECKPOINT = "last.ckpt"
 BLOCK = 32
@@ -226,9 +228,7 @@ class _Session(Callback):
         row = self._row(trainer, module)
         history = self.outcome.history
         history.append(row)
-        objective = f"validation/{module.task.objective}"
-        sign = 1.0 if module.task.direction == "max" else -1.0
-        best = max(history, key=lambda other: sign * other[objective])
+        best = max(history, key=lambda other: _score(other, module.task))
         if best is row:
             self.outcome.best_epoch = row["epoch"]
             if distributed.rank() == 0:
@@ -237,9 +237,11 @@ class _Session(Callback):
         module.sums.reset()
         module.epoch, module.position = module.epoch + 1, 0
         module.seconds_in_steps = 0.0
+        if distributed.rank() == 0:
+            # Before the checkpoint: killed in between, the epoch is trained and written again.
+            write_atomically(self.directory / "metrics.csv", _as_csv(history))
         self.save()
         if distributed.rank() == 0:
-            write_atomically(self.directory / "metrics.csv", _as_csv(history))
             self.reporter.epoch(row, module.epochs)
         received = max(distributed.gather_objects(self.watch.received))
         if received and module.epoch < module.epochs:
@@ -311,6 +313,14 @@ def _restore_generators(states: list[dict[str, Any]]) -> None:
     random.setstate((version, tuple(words), gauss))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def _score(row: EpochRow, task: Task) -> float:
+    """The validation objective, the larger the better; one that is no number is worst of all."""
+    value = row[f"validation/{task.objective}"]
+    if math.isnan(value):
+        return -math.inf
+    return value if task.direction == "max" else -value
 
 
 def _as_csv(history: list[EpochRow]) -> str:
