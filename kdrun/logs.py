@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TextIO
 
 from kdrun import distributed
+from kdrun.clock import clock
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
@@ -126,13 +127,3 @@ class TrainingLog:
         for logger in self.loggers:
             values = {f"{self.name}/{name}": value for name, value in named.items()}
             logger.log_metrics(values, step=int(row["step"]))
-
-
-def clock(seconds: float) -> str:
-    """Seconds as ``42 s``, ``3:05`` or ``2:03:05``."""
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from kdrun.logs import clock
+from kdrun.clock import clock
 
 COLUMNS = ("", "network", "parameters", "test", "ece", "agreement", "kl", "trained in")
 
