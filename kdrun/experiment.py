@@ -66,7 +66,14 @@ def run_experiment(
             _run_stages(config, names, overrides, command, where, console, watch)
 
         try:
-            _, found = make_once(directory, key, produce, console.say, afresh=bool(config["rerun"]))
+            _, found = make_once(
+                directory,
+                key,
+                produce,
+                console.say,
+                watch.raise_if_received,
+                afresh=bool(config["rerun"]),
+            )
         except Stopped as stopped:
             again = [word for word in command if not word.startswith("rerun=")]
             raise Interrupted(
@@ -122,7 +129,7 @@ def _run_stages(
             names=dict(names),
             data=data,
             task=task,
-            store=Store(Path(config["output_dir"], "store"), console.say),
+            store=Store(Path(config["output_dir"], "store"), console.say, watch.raise_if_received),
             run_directory=directory,
             console=console,
             watch=watch,

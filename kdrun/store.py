@@ -4,7 +4,7 @@ Layout of one artefact::
 
     <root>/<kind>/<fingerprint>/            what the producer wrote
     <root>/<kind>/<fingerprint>/artefact.json    written last: the artefact is complete
-    <root>/<kind>/<fingerprint>.lock        held by the process that makes it
+    <root>/<kind>/.<fingerprint>.lock       held by the process that makes it
 
 The lock belongs to the operating system and dies with its process, so a killed run never blocks the
 next one, which continues from whatever state the producer left in the directory.
@@ -32,6 +32,8 @@ from kdrun.identity import fingerprint
 MARKER = "artefact.json"
 LOGS = ("log.txt", "logs")
 """What may be moved or thrown away without harm to a finished artefact."""
+WAIT_SECONDS = 0.5
+"""Between two looks at whether waiting for another process has become pointless."""
 
 
 def file_sha256(path: Path) -> str:
@@ -103,11 +105,19 @@ class Store:
     Args:
         root: where they live; made on first use.
         say: called with a line for the user (``waiting for ...``).
+        while_waiting: called again and again while another process makes what is wanted; may raise
+            to give up.
     """
 
-    def __init__(self, root: Path, say: Callable[[str], None] = print) -> None:
+    def __init__(
+        self,
+        root: Path,
+        say: Callable[[str], None] = print,
+        while_waiting: Callable[[], None] = lambda: None,
+    ) -> None:
         self.root = root
         self.say = say
+        self.while_waiting = while_waiting
 
     def obtain(
         self,
@@ -124,7 +134,7 @@ class Store:
             The artefact, and whether it was there already.
         """
         directory = self.root / kind / fingerprint(key)
-        return make_once(directory, key, produce, self.say, what=kind)
+        return make_once(directory, key, produce, self.say, self.while_waiting, what=kind)
 
 
 def make_once(
@@ -132,6 +142,7 @@ def make_once(
     key: Mapping[str, Any],
     produce: Callable[[Path], None],
     say: Callable[[str], None] = print,
+    while_waiting: Callable[[], None] = lambda: None,
     what: str = "run",
     afresh: bool = False,
 ) -> tuple[Artefact, bool]:
@@ -142,12 +153,13 @@ def make_once(
         key: what the artefact depends on; kept in its marker.
         produce: writes the files; finds an interrupted attempt's files in place.
         say: called with a line for the user.
+        while_waiting: see ``Store``.
         what: what to call the artefact in messages.
         afresh: throw away what is there, finished or not.
     """
     artefact = Artefact(directory, dict(key))
     main = distributed.rank() == 0
-    lock = _acquire(directory, what, say) if main else None
+    lock = _acquire(directory, what, say, while_waiting) if main else None
     try:
         if main and afresh and directory.exists():
             shutil.rmtree(directory)
@@ -155,6 +167,8 @@ def make_once(
             return artefact, True
         if main:
             _make_directory(directory)
+            for unfinished in directory.glob(".*.tmp"):
+                unfinished.unlink()  # Left by a process that was killed while it wrote.
         distributed.barrier()
         produce(directory)
         if main:
@@ -195,17 +209,23 @@ def commit(directory: Path, key: Mapping[str, Any]) -> None:
     write_json(directory / MARKER, {"key": dict(key), "finished": time.time(), "files": files})
 
 
-def _acquire(directory: Path, what: str, say: Callable[[str], None]) -> FileLock:
+def _acquire(
+    directory: Path, what: str, say: Callable[[str], None], while_waiting: Callable[[], None]
+) -> FileLock:
     _make_directory(directory.parent)
     lock = FileLock(directory.with_name(f".{directory.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        say(f"waiting for another process that works on this {what} ({directory})")
-        lock.acquire()
-    except OSError as error:
-        raise UserError(f"cannot lock {directory}: {error.strerror or error}") from error
-    return lock
+    waiting = False
+    while True:
+        try:
+            lock.acquire(timeout=WAIT_SECONDS if waiting else 0)
+            return lock
+        except Timeout:
+            if not waiting:
+                say(f"waiting for another process that works on this {what} ({directory})")
+            waiting = True
+            while_waiting()
+        except OSError as error:
+            raise UserError(f"cannot lock {directory}: {error.strerror or error}") from error
 
 
 def _make_directory(directory: Path) -> None:
