@@ -62,23 +62,22 @@ def compose_parsed(
     base, names = _base(choices, catalogue.directories)
     names |= {o.key: o.value for o in overrides if o.is_choice and o.key not in broken}
     values = copy.deepcopy(base)
-    values["allow_packages"] = list(
-        dict.fromkeys([*values["allow_packages"], *catalogue.packages, *typed_packages(overrides)])
-    )
     for role, fixed in entries.items():
         values[role] |= fixed
     editor = _Editor(values, names)
     for override in overrides:
         if override.is_choice or override.key.split(".")[0] in broken:
             continue
-        problem = editor.set(override.key, override.value)
-        if problem:
-            problems.append(problem)
+        problems += editor.set(override.key, override.value)
     changes = _changed_choices(overrides, catalogue.defaults(), broken) + editor.changes
     values, unresolved = _resolve(values)
     problems += unresolved
     if not unresolved:
-        found = check(values, names, values["allow_packages"])
+        packages = [*catalogue.packages, *typed_packages(overrides)]
+        if complaint(values["allow_packages"], list[str]) is None:
+            packages = list(dict.fromkeys([*values["allow_packages"], *packages]))
+            values["allow_packages"] = packages
+        found = check(values, names, packages)
         problems += [line for line in found if line.split(".")[0] not in broken]
     if not problems:
         problems = list(conflicts(values))
@@ -205,33 +204,34 @@ class _Editor:
         self.changes: list[str] = []
         self._free: set[str] = set()
 
-    def set(self, key: str, value: Any) -> str | None:
-        """Set one value; returns the line that says why it cannot be."""
+    def set(self, key: str, value: Any) -> list[str]:
+        """Set one value; returns the lines that say why it cannot be."""
         *path, last = key.split(".")
         node: Any = self.values
         for depth, part in enumerate(path):
             place = ".".join(path[: depth + 1])
             if not isinstance(node, dict) or part not in node:
-                return self._unknown(node, place, typed=key)
+                return [self._unknown(node, place, typed=key)]
             if not node[part] and _takes_mapping(node, part):
                 node[part] = {}
                 self._free.add(place)
             node = node[part]
         place = ".".join(path)
         if not isinstance(node, dict):
-            return f"{key}: {place} has no options inside, its value is {spell(node)}"
+            return [f"{key}: {place} has no options inside, its value is {spell(node)}"]
         if last not in node and place not in self._free and not _may_be_added(node, last):
-            return self._unknown(node, key)
+            return [self._unknown(node, key)]
         old = node.get(last, "unset")
         if isinstance(old, dict) and isinstance(value, dict) and KEY not in value:
-            lines = [self.set(f"{key}.{name}", item) for name, item in value.items()]
-            return "\n".join(filter(None, lines)) or None
+            return [
+                line for name, item in value.items() for line in self.set(f"{key}.{name}", item)
+            ]
         if isinstance(old, dict) and not isinstance(value, dict) and value is not None:
-            return f"{key}: is a group of options, set one of them ({', '.join(old)})"
+            return [f"{key}: is a group of options, set one of them ({', '.join(old)})"]
         if old != value or type(old) is not type(value):
             self.changes.append(f"{key}: {spell(old)} -> {spell(value)}")
         node[last] = value
-        return None
+        return []
 
     def _unknown(self, node: Any, place: str, typed: str = "") -> str:
         """The line for a key that is not there; ``typed`` is the longer key it is the start of."""

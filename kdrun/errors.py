@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """A mistake the user can mend; its message is one clear line, shown without a traceback.
@@ -17,11 +19,16 @@ class UserError(Exception):
 
 
 class ConfigErrors(UserError):
-    """Everything that is wrong with a configuration, one line each."""
+    """Everything that is wrong with a configuration, one line each.
 
-    def __init__(self, problems: list[str]) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = problems
+    Args:
+        problems: the lines; what was typed may hold line breaks, which become spaces.
+    """
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        lines = [" ".join(problem.splitlines()) for problem in problems]
+        self.problems = list(dict.fromkeys(lines))
+        super().__init__("\n".join(self.problems))
 
 
 class Interrupted(Exception):

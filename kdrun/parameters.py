@@ -194,7 +194,7 @@ def find_source(module: str) -> Path | None:
         return None
     roots = list(spec.submodule_search_locations or [])
     if not rest:
-        return Path(spec.origin) if spec.origin else None
+        return Path(spec.origin) if spec.origin and spec.has_location else None
     for root in roots:
         stem = Path(root, *rest)
         for candidate in (stem.with_suffix(".py"), stem / "__init__.py"):

@@ -116,7 +116,8 @@ def quoted(text: str) -> str:
     """A value for the command line that is read back as this very text."""
     if re.fullmatch(r"[\w./:@-]+", text):
         return text
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    # Hydra's grammar takes a backslash for itself unless a quote follows.
+    escaped = re.sub(r'(\\*)("|$)', lambda m: m[1] * 2 + (m[2] and r"\""), text)
     return f'"{escaped}"'
 
 

@@ -7,14 +7,12 @@ a single one. Its keys are handed over with slashes for dots, so that Hydra take
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import logging
 import math
 import shlex
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,14 +60,15 @@ def sweep(words: Sequence[str], flags: Sequence[str], catalogue: Catalogue) -> i
     Raises:
         UserError: some word is wrong; nothing was run.
     """
-    # Hydra must not conclude from the checks, which hide its plugins, that there are none.
-    with suppress(ImportError):
-        importlib.import_module("hydra_plugins")
     plan, problems = _read(words, catalogue)
     if problems:
         raise ConfigErrors(problems)
     overrides, hydra_words, fail_fast = plan.overrides, plan.hydra_words, plan.fail_fast
     directory = _directory(hydra_words)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {directory}: {error.strerror}") from error
     if plan.searches:
         hydra_words += _continue_study(hydra_words, directory, catalogue)
     job = Job(
@@ -306,10 +305,12 @@ def _multirun(
     from hydra import initialize_config_dir
     from hydra.core.config_store import ConfigStore
     from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.singleton import Singleton
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    directory.mkdir(parents=True, exist_ok=True)
+    # The checks have composed without Hydra's plugins; this makes it look for them again.
+    Singleton.set_state(Singleton.get_state())
     words = [
         f"hydra.sweep.dir={quoted(str(directory))}",
         "hydra.sweep.subdir=.",

@@ -9,9 +9,11 @@ from __future__ import annotations
 import ast
 import functools
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from kdrun.errors import UserError
 from kdrun.parameters import Signature, find_source, read_signature
 
 ALLOWED = (
@@ -53,8 +55,10 @@ def refusal(target: Any, packages: Iterable[str] = ()) -> str | None:
         return f"must be a dotted path such as package.module.Class, got {target}"
     if "__" in target:
         return f"{target}: names with double underscores are not built from a config"
+    top = target.split(".")[0]
+    if top in sys.stdlib_module_names:
+        return f"{target}: nothing is built from Python's standard library"
     if not is_allowed(target, packages):
-        top = target.split(".")[0]
         return f"{target}: nothing is built from {top} unless allow_packages=[{top}] says so"
     return None
 
@@ -77,6 +81,8 @@ def targets(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 def signature_of(target: str) -> Signature | None:
     """The signature of a target from its source text, following re-exports; None if not found."""
     for _ in range(_MAX_REEXPORTS):
+        if _parse(target.rpartition(".")[0]) is None:
+            return None
         signature = read_signature(target)
         if signature is not None:
             return signature
@@ -124,7 +130,13 @@ def module_docstring(module: str) -> str:
 @functools.lru_cache(maxsize=64)
 def _parse(module: str) -> ast.Module | None:
     source = find_source(module) if module else None
-    return None if source is None else ast.parse(source.read_text(encoding="utf-8"))
+    if source is None or source.suffix != ".py":
+        return None
+    try:
+        return ast.parse(source.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError) as error:
+        line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
+        raise UserError(f"{source}{line}: cannot be read ({error})") from error
 
 
 def _imported_from(target: str) -> str | None:
