@@ -35,14 +35,14 @@ class Optimization:
 
     Attributes:
         optimizer: parameters to an optimiser.
-        scheduler: optimiser to its schedule, stepped once per optimiser step.
+        scheduler: optimiser to its schedule, stepped once per optimiser step; None: constant.
         accumulate: parts into which each batch is cut before one optimiser step.
         clip_norm: largest norm of a network's gradient; None: not clipped.
         ema_decay: decay per step of the averaged student that is evaluated; None: no average.
     """
 
     optimizer: Callable[[Sequence[nn.Parameter]], Optimizer]
-    scheduler: Callable[[Optimizer], LRScheduler]
+    scheduler: Callable[[Optimizer], LRScheduler] | None
     accumulate: int = 1
     clip_norm: float | None = None
     ema_decay: float | None = None
@@ -93,7 +93,13 @@ class Distiller(LightningModule):
             average = get_ema_multi_avg_fn(optimization.ema_decay)
             self.average = AveragedModel(student, multi_avg_fn=average, use_buffers=True)
             self.average.requires_grad_(False)
-        self._taps = dict(taps)
+        # Who plays what, for quick look-up: network, its taps, and whether gradients flow.
+        self._cast = {
+            role: (network, taps.get(role), trainable)
+            for networks, trainable in ((self.networks, True), (self.frozen, False))
+            for role, network in networks.items()
+        }
+        self._views = method.views
         self.epoch = 0
         self.position = 0
         self.step_count = 0
@@ -107,16 +113,9 @@ class Distiller(LightningModule):
 
     def network(self, role: str) -> nn.Module:
         """The network that plays a role, trained or frozen."""
-        if role in self.networks:
-            return self.networks[role]
-        if role not in self.frozen:
-            known = ", ".join([*self.networks, *self.frozen])
-            raise KeyError(f"no network plays the role {role!r}; roles: {known}")
-        return self.frozen[role]
-
-    def roles(self) -> list[str]:
-        """The roles besides the student."""
-        return [role for role in (*self.networks, *self.frozen) if role != STUDENT]
+        if role not in self._cast:
+            raise KeyError(f"no network plays the role {role!r}; roles: {', '.join(self._cast)}")
+        return self._cast[role][0]
 
     def deployed(self, averaged: bool = True) -> nn.Module:
         """The student as it is evaluated and shipped; the averaged one where there is one."""
@@ -132,19 +131,20 @@ class Distiller(LightningModule):
 
     def forward(self, role: str, batch: Batch) -> ModelOutput:
         """Run the network of ``role`` on a batch and its views; taps are read."""
-        network = self.network(role)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and role in self.networks):
-            views = {}
-            for name, inputs in batch.views.items():
-                if name in self.method.views:
-                    view = Batch(inputs, batch.target, batch.index, batch.mask)
-                    views[name] = self._forward_tapped(role, network, view)
-            output = self._forward_tapped(role, network, batch)
-            output.views.update(views)
+        network, taps, trained = self._cast[role]
+        if trained:
+            return self._forward_views(network, taps, batch)
+        with torch.no_grad():
+            return self._forward_views(network, taps, batch)
+
+    def _forward_views(self, network: nn.Module, taps: Taps | None, batch: Batch) -> ModelOutput:
+        output = self._forward_tapped(network, taps, batch)
+        for name in self._views:
+            view = Batch(batch.views[name], batch.target, batch.index, batch.mask)
+            output.views[name] = self._forward_tapped(network, taps, view)
         return output
 
-    def _forward_tapped(self, role: str, network: nn.Module, batch: Batch) -> ModelOutput:
-        taps = self._taps.get(role)
+    def _forward_tapped(self, network: nn.Module, taps: Taps | None, batch: Batch) -> ModelOutput:
         if taps is None:
             return self.task.forward(network, batch)
         with taps:
@@ -163,7 +163,8 @@ class Distiller(LightningModule):
             if role == STUDENT:
                 parameters += [p for p in self.method.parameters() if p.requires_grad]
             optimizers.append(self.optimization.optimizer(parameters))
-        return optimizers, [self.optimization.scheduler(optimizer) for optimizer in optimizers]
+        make = self.optimization.scheduler
+        return optimizers, [make(optimizer) for optimizer in optimizers] if make else []
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, index: int) -> Any:
         """Loaders already deliver on the device."""
@@ -210,7 +211,7 @@ class Distiller(LightningModule):
     def _regular_step(self, batch: Batch, progress: Progress) -> None:
         for part in self._parts(batch):
             part = self.method.augment(part)
-            teachers = {role: self.forward(role, part) for role in self.roles()}
+            teachers = {role: self.forward(role, part) for role in self._cast if role != STUDENT}
             student = self.forward(STUDENT, part)
             terms = self.method.losses(student, teachers, part, progress)
             weights = self.method.weights(progress)
@@ -345,14 +346,19 @@ class StepEngine:
 
 
 class TermSums:
-    """Running sums of loss terms on the device; reading them is the only synchronisation."""
+    """Running sums of loss terms on the device; reading them is the only synchronisation.
+
+    The cost of a step is one fused addition. Weighted sums follow from the plain ones, and are
+    brought up to date only where a weight changes.
+    """
 
     def __init__(self) -> None:
         self.names: tuple[str, ...] = ()
         self.count = 0.0
         self._weights: tuple[float, ...] = ()
-        self._factors: Tensor | None = None
-        self._sums: Tensor | None = None
+        self._plain: list[Tensor] = []
+        self._weighted: list[Tensor] = []
+        self._since_change: list[Tensor] = []
         self._recorded: dict[str, Tensor] = {}
 
     def add(
@@ -365,63 +371,96 @@ class TermSums:
         """Add one step's terms; returns the weighted sum, with its graph, times ``share``."""
         names = tuple(terms)
         if names != self.names:
-            if self.names:
-                raise ValueError(f"loss terms changed from {self.names} to {names} within an epoch")
-            unknown = set(weights) - set(names)
-            if unknown:
-                raise ValueError(f"weights for terms that do not exist: {sorted(unknown)}")
-            self.names = names
-        values = torch.stack([term.float() for term in terms.values()])
-        factors = tuple(weights.get(name, 1.0) * share for name in names)
-        if factors != self._weights or self._factors is None:
-            self._weights = factors
-            self._factors = torch.tensor(factors, device=values.device)
-        weighted = values * self._factors
+            self._begin(terms, weights)
+        factors = tuple(weights.get(name, 1.0) for name in names)
+        values = list(terms.values())
         with torch.no_grad():
-            step = torch.stack((values.detach() * share, weighted.detach()))
-            self._sums = step if self._sums is None else self._sums.add_(step)
+            if factors != self._weights:
+                self._settle(factors)
+            torch._foreach_add_(self._since_change, values, alpha=share)
             for name, value in recorded.items():
                 value = value * share
                 known = self._recorded.get(name)
                 self._recorded[name] = value if known is None else known + value
         self.count += share
-        return weighted.sum()
+        scaled = [v if f == 1.0 else v * f for v, f in zip(values, factors, strict=True)]
+        total = scaled[0]
+        for term in scaled[1:]:
+            total = total + term
+        return total if share == 1.0 else total * share
 
+    def _begin(self, terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> None:
+        if self.names:
+            raise ValueError(
+                f"loss terms changed from {self.names} to {tuple(terms)} within an epoch"
+            )
+        unknown = set(weights) - set(terms)
+        if unknown:
+            raise ValueError(f"weights for terms that do not exist: {sorted(unknown)}")
+        if not terms:
+            raise ValueError("a method must return at least one loss term")
+        self.names = tuple(terms)
+        zeros = [torch.zeros_like(term, requires_grad=False) for term in terms.values()]
+        self._plain, self._weighted = zeros, [zero.clone() for zero in zeros]
+        self._since_change = [zero.clone() for zero in zeros]
+
+    def _settle(self, factors: tuple[float, ...] = ()) -> None:
+        """Credit what was added under the present weights, then go on with ``factors``."""
+        if self._weights:
+            torch._foreach_add_(self._plain, self._since_change)
+            for total, part, factor in zip(
+                self._weighted, self._since_change, self._weights, strict=True
+            ):
+                total.add_(part, alpha=factor)
+            torch._foreach_zero_(self._since_change)
+        self._weights = factors or self._weights
+
+    @torch.no_grad()
     def read(self) -> dict[str, float]:
-        """Means since the last reset: ``loss``, ``loss/<term>``, ``weighted/<term>`` and what the
-        method recorded. Synchronises with the device."""
-        if self._sums is None or not self.count:
+        """Means over all ranks since the last reset; synchronises with the device.
+
+        ``loss``, ``loss/<term>``, ``weighted/<term>``, and what the method recorded.
+        """
+        if not self.count:
             return {}
-        sums, recorded, count = self._sums, self._recorded, self.count
+        self._settle()
+        sums = torch.stack([*self._plain, *self._weighted]).float()
+        recorded, count = self._recorded, self.count
         if distributed.world_size() > 1:
             parts = distributed.gather_objects((sums.cpu(), recorded, count))
             sums = torch.stack([part[0] for part in parts]).sum(0)
             recorded = {name: sum(part[1][name].cpu() for part in parts) for name in recorded}
             count = sum(part[2] for part in parts)
-        plain, weighted = (sums / count).tolist()
-        means = {"loss": sum(weighted)}
-        means |= {f"loss/{name}": value for name, value in zip(self.names, plain, strict=True)}
-        means |= {
-            f"weighted/{name}": value for name, value in zip(self.names, weighted, strict=True)
-        }
-        means |= {name: float(value) / count for name, value in recorded.items()}
-        return means
+        means = (sums / count).tolist()
+        plain, weighted = means[: len(self.names)], means[len(self.names) :]
+        found = {"loss": sum(weighted)}
+        found |= {f"loss/{name}": mean for name, mean in zip(self.names, plain, strict=True)}
+        found |= {f"weighted/{name}": m for name, m in zip(self.names, weighted, strict=True)}
+        return found | {name: float(value) / count for name, value in recorded.items()}
 
     def reset(self) -> None:
         """Forget the sums."""
-        self.count, self._sums, self._recorded, self.names = 0.0, None, {}, ()
+        self.count, self.names, self._weights, self._recorded = 0.0, (), (), {}
+        self._plain, self._weighted, self._since_change = [], [], []
 
+    @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
         """The sums as plain values and tensors."""
+        self._settle()
         return {
             "names": list(self.names),
             "count": self.count,
-            "sums": self._sums,
+            "weights": list(self._weights),
+            "plain": [value.clone() for value in self._plain],
+            "weighted": [value.clone() for value in self._weighted],
             "recorded": dict(self._recorded),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Continue from saved sums."""
         self.names, self.count = tuple(state["names"]), state["count"]
-        self._sums = None if state["sums"] is None else state["sums"].to(device)
+        self._weights = tuple(state["weights"])
+        self._plain = [value.to(device) for value in state["plain"]]
+        self._weighted = [value.to(device) for value in state["weighted"]]
+        self._since_change = [torch.zeros_like(value) for value in self._plain]
         self._recorded = {name: value.to(device) for name, value in state["recorded"].items()}

@@ -48,6 +48,9 @@ def run_config(config: Config, words: Sequence[str], flags: Sequence[str]) -> Ou
     with _silent_unless_main():
         for line in config.changes:
             print(line, flush=True)
+        from kdrun.startup import import_torchmetrics
+
+        import_torchmetrics()
         from kdrun.experiment import run_experiment
 
         gc.enable()

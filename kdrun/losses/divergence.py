@@ -59,7 +59,8 @@ def kl_divergence(
     """
     student = F.log_softmax(student / temperature, dim=-1)
     teacher = F.log_softmax(teacher / temperature, dim=-1)
-    divergence = (teacher.exp() * (teacher - student)).sum(dim=-1)
+    # One fused kernel forward and one backward, instead of three of each.
+    divergence = F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=-1)
     return mean_over(divergence, mask) * _factor(temperature, t_squared)
 
 

@@ -1,0 +1,271 @@
+"""What kdrun's step costs over a bare PyTorch loop with the same networks, data and arithmetic.
+
+    python scripts/bench.py step [--pair mlp|resnet20-resnet8|resnet32x4-resnet8x4] [--rounds 15]
+    python scripts/bench.py startup [--runs 5]
+
+``step`` runs plain KD (T = 4, 0.1 CE + 0.9 KD, SGD with momentum, learning rate 0 so that every
+block does identical arithmetic) in one process on one thread. A block of the bare loop stands right
+beside each block of kdrun, in alternating order, and a second bare block beside the first shows the
+noise. The allocator is fixed and denormals are flushed for all of them. Printed: ratios to the
+adjacent bare block and extra CPU milliseconds per step, as min - median - max over the rounds.
+
+``startup`` times whole commands: the seconds until help, an error, and the first training step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+BATCH, CLASSES = 64, 100
+PAIRS = {
+    # teacher, student, input shape, steps in a block
+    "mlp": ("mlp", "mlp", (3, 8, 8), 300),
+    "resnet20-resnet8": ("resnet20", "resnet8", (3, 32, 32), 8),
+    "resnet32x4-resnet8x4": ("resnet32x4", "resnet8x4", (3, 32, 32), 2),
+}
+NETWORKS = {
+    "mlp": {"_target_": "kdrun.models.mlp.MLP", "hidden": [64]},
+    **{
+        f"resnet{name}": {"_target_": f"kdrun.models.resnet.resnet{name}"}
+        for name in ("8", "20", "8x4", "32x4")
+    },
+}
+
+
+class BareLoop:
+    """The loop one would write by hand."""
+
+    def __init__(self, teacher: nn.Module, student: nn.Module) -> None:
+        self.teacher, self.student = teacher.eval().requires_grad_(False), student.train()
+        self.optimizer = torch.optim.SGD(student.parameters(), lr=0.0, momentum=0.9)
+
+    def run(self, batches: list[tuple[Tensor, Tensor]]) -> None:
+        """One block of steps."""
+        for x, y in batches:
+            with torch.no_grad():
+                t = self.teacher(x)
+            s = self.student(x)
+            ce = functional.cross_entropy(s, y)
+            p = functional.log_softmax(t / 4.0, dim=1)
+            q = functional.log_softmax(s / 4.0, dim=1)
+            kd = functional.kl_div(q, p, reduction="batchmean", log_target=True) * 16.0
+            loss = 0.1 * ce + 0.9 * kd
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self.optimizer.step()
+
+
+class TimedLoader:
+    """Feeds kdrun one block per epoch, and runs the bare blocks in between.
+
+    CPU time of kdrun's block is taken from the request of its first batch to the end of its last
+    step (``finish``); epochs, validation and checkpoints are not part of a step.
+    """
+
+    def __init__(
+        self, batches: list[tuple[Tensor, Tensor]], bare: Callable[[], float], rounds: int
+    ) -> None:
+        from kdrun.outputs import Batch
+
+        index = torch.arange(BATCH)
+        self.batches = [Batch(x, y, index) for x, y in batches]
+        self.bare, self.rounds = bare, rounds
+        self.bare_seconds: list[tuple[float, float]] = []
+        self.seconds: list[float] = []
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Note which round comes."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator:
+        first = self.bare()
+        second = self.bare()
+        self.bare_seconds.append((first, second))
+        self._began = time.process_time()
+        yield from self.batches
+
+    def finish(self) -> None:
+        """The last step of the block has been taken."""
+        self.seconds.append(time.process_time() - self._began)
+
+
+def bench_step(pair: str, rounds: int) -> None:
+    """Time one pair of networks and print a line."""
+    from kdrun.assembly import Assembly
+    from kdrun.distiller import Distiller, Optimization
+    from kdrun.fit import fit, make_trainer
+    from kdrun.interruption import SignalWatch
+    from kdrun.logs import Console, TrainingLog
+    from kdrun.methods.kd import KD
+    from kdrun.models import build_model
+    from kdrun.outputs import Batch
+    from kdrun.process import keep_freed_memory
+    from kdrun.tasks.classification import Classification
+
+    keep_freed_memory()
+    torch.set_flush_denormal(True)
+    torch.set_num_threads(1)
+    teacher_name, student_name, shape, steps = PAIRS[pair]
+
+    def network(name: str) -> nn.Module:
+        torch.manual_seed(0)
+        return build_model(NETWORKS[name], num_classes=CLASSES, input_shape=shape)
+
+    torch.manual_seed(1)
+    data = [
+        (torch.randn(BATCH, *shape), torch.randint(CLASSES, (BATCH,))) for _ in range(steps)
+    ]
+    loop = BareLoop(network(teacher_name), network(student_name))
+
+    def bare() -> float:
+        began = time.process_time()
+        loop.run(data)
+        return time.process_time() - began
+
+    task = Classification(num_classes=CLASSES)
+    assembly = Assembly(KD(), network(student_name), {"teacher": network(teacher_name)})
+    assembly.method.supervised_loss = task.supervised_loss
+    loader = TimedLoader(data, bare, rounds)
+
+    class TimedDistiller(Distiller):
+        """Tells the loader when the last step of a block has been taken."""
+
+        def training_step(self, block: Iterator[Batch], block_index: int) -> None:
+            super().training_step(block, block_index)
+            if self.position == steps:
+                loader.finish()
+
+    distiller = TimedDistiller(
+        task=task,
+        method=assembly.method,
+        student=assembly.student,
+        teachers=assembly.teachers,
+        taps={},
+        optimization=Optimization(
+            optimizer=lambda p: torch.optim.SGD(p, lr=0.0, momentum=0.9),
+            scheduler=None,
+        ),
+        epochs=rounds + 1,
+        steps_per_epoch=steps,
+    )
+    options = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "num_nodes": 1,
+        "strategy": "auto",
+        "precision": 32,
+        "deterministic": False,
+    }
+    trainer = make_trainer(options, epochs=rounds + 1)
+    validation = _OneBatch(loader.batches[:1])
+    with tempfile.TemporaryDirectory() as folder:
+        fit(
+            distiller,
+            loader,
+            validation,
+            trainer=trainer,
+            directory=Path(folder),
+            key="bench",
+            log=TrainingLog(Console("off"), "bench", BATCH),
+            watch=SignalWatch(),
+            checkpoint_seconds=1e9,
+        )
+    # The first round warms up.
+    rows = list(zip(loader.bare_seconds, loader.seconds, strict=True))[1:]
+    beside = [kd / second for (_, second), kd in rows]
+    noise = [second / first for (first, second), _ in rows]
+    extra = [1e3 * (kd - second) / steps for (_, second), kd in rows]
+    extra_noise = [1e3 * (second - first) / steps for (first, second), _ in rows]
+    base = statistics.median(second for (_, second), _ in rows) / steps * 1e3
+    print(f"{pair}: bare {base:.3f} ms/step, {rounds} rounds of {steps} steps")
+    print(f"  bare again / bare   {spread(noise)}   extra ms {spread(extra_noise)}")
+    print(f"  kdrun / bare        {spread(beside)}   extra ms {spread(extra)}")
+
+
+class _OneBatch(list):
+    """A validation loader of the batches it holds."""
+
+
+def spread(values: list[float]) -> str:
+    """``min - median - max``."""
+    return f"{min(values):.3f} - {statistics.median(values):.3f} - {max(values):.3f}"
+
+
+def bench_startup(runs: int) -> None:
+    """Time whole commands in a fresh folder each."""
+    commands = {
+        "kdrun --help": ["--help"],
+        "kdrun ls methods": ["ls", "methods"],
+        "kdrun method.temprature=2 (an error)": ["method.temprature=2"],
+        "kdrun dry=true teacher=mlp student=mlp": ["dry=true", "teacher=mlp", "student=mlp"],
+    }
+    program = [sys.executable, "-m", "kdrun"]
+    for title, words in commands.items():
+        seconds = []
+        for _ in range(runs + 1):
+            with tempfile.TemporaryDirectory() as folder:
+                began = time.perf_counter()
+                subprocess.run([*program, *words], cwd=folder, capture_output=True, check=False)
+                seconds.append(time.perf_counter() - began)
+        print(f"{title}: {spread(seconds[1:])} s")
+    first_steps = []
+    for _ in range(runs):
+        with tempfile.TemporaryDirectory() as folder:
+            first_steps.append(_seconds_to_first_epoch(program, folder))
+    print(f"first epoch line of a digits run (teacher=mlp): {spread(first_steps)} s")
+
+
+def _seconds_to_first_epoch(program: list[str], folder: str) -> float:
+    began = time.perf_counter()
+    words = ["teacher=mlp", "student=mlp", "training.epochs=1", "trainer.progress=plain"]
+    process = subprocess.Popen(
+        [*program, *words], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert process.stdout is not None
+    seconds = float("nan")
+    for line in process.stdout:
+        if "epoch 1/" in line:
+            seconds = time.perf_counter() - began
+            break
+    process.kill()
+    process.wait()
+    return seconds
+
+
+def main() -> None:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    step = commands.add_parser("step", help="overhead of a training step")
+    step.add_argument("--pair", choices=PAIRS, default=None, help="all if left out")
+    step.add_argument("--rounds", type=int, default=15)
+    startup = commands.add_parser("startup", help="seconds to help, an error, the first step")
+    startup.add_argument("--runs", type=int, default=5)
+    options = parser.parse_args()
+    if options.command == "startup":
+        bench_startup(options.runs)
+        return
+    for pair in [options.pair] if options.pair else PAIRS:
+        bench_step(pair, options.rounds)
+
+
+if __name__ == "__main__":
+    main()
