@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 
 def launched() -> bool:
-    """Whether an external launcher (torchrun, SLURM) started this process as one of several."""
+    """Whether an external launcher (torchrun, srun) started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
@@ -18,8 +18,20 @@ def initialize() -> None:
     """Join the process group that the launcher described; nothing to do in a single process.
 
     The group exists before the first stage, so that all ranks take the same decisions (train this
-    teacher, or load it?) also outside a trainer.
+    teacher, or load it?) also outside a trainer. What srun says in its own variables is put into
+    torchrun's.
     """
+    if "WORLD_SIZE" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        from lightning.fabric.plugins.environments import SLURMEnvironment
+
+        slurm = SLURMEnvironment(auto_requeue=False)
+        os.environ |= {
+            "WORLD_SIZE": str(slurm.world_size()),
+            "RANK": str(slurm.global_rank()),
+            "LOCAL_RANK": str(slurm.local_rank()),
+            "MASTER_ADDR": slurm.main_address,
+            "MASTER_PORT": str(slurm.main_port),
+        }
     if launched() and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 

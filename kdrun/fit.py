@@ -8,6 +8,8 @@ import itertools
 import logging
 import math
 import random
+import resource
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -17,6 +19,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from kdrun import distributed
 from kdrun.checkpoints import save_weights
@@ -119,25 +122,32 @@ def make_trainer(
         options: the ``trainer`` config group.
         epochs: length of training.
         deterministic: overrides the group's entry.
+
+    Raises:
+        UserError: this machine has no such device.
     """
     precision = {"32": "32-true", "bf16": "bf16-mixed", "64": "64-true"}[str(options["precision"])]
     for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    return Trainer(
-        accelerator=options["accelerator"],
-        devices=options["devices"],
-        num_nodes=options["num_nodes"],
-        strategy=options["strategy"],
-        precision=precision,
-        max_epochs=epochs,
-        deterministic=options["deterministic"] if deterministic is None else deterministic,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-    )
+    try:
+        return Trainer(
+            accelerator=options["accelerator"],
+            devices=options["devices"],
+            num_nodes=options["num_nodes"],
+            strategy=options["strategy"],
+            precision=precision,
+            max_epochs=epochs,
+            deterministic=options["deterministic"] if deterministic is None else deterministic,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+        )
+    except MisconfigurationException as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"trainer: not possible on this machine: {reason}") from error
 
 
 class Blocks:
@@ -256,8 +266,7 @@ class _Session(Callback):
         row |= {f"validation/{name}": value for name, value in module.validation.items()}
         row["seconds"] = seconds
         row["samples_per_second"] = samples / max(module.seconds_in_steps, 1e-9)
-        if torch.cuda.is_available():
-            row["memory_mib"] = torch.cuda.max_memory_allocated() / 2**20
+        row["memory_mib"] = _peak_memory() / 2**20
         return row
 
     def save(self) -> None:
@@ -296,6 +305,16 @@ def read_checkpoint(path: Path, key: str) -> dict[str, Any] | None:
     if state["key"] != key:
         raise UserError(f"{path} belongs to another configuration; remove it to start again")
     return state
+
+
+def _peak_memory() -> int:
+    """Largest memory in bytes so far: of the GPU where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    # Linux counts in KiB, macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def _generator_states() -> dict[str, Any]:

@@ -27,9 +27,9 @@ def architecture(node: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in node.items() if key not in ROLE_KEYS}
 
 
-def training_settings(context: Context, role: str) -> dict[str, Any]:
+def training_settings(config: Mapping[str, Any], role: str) -> dict[str, Any]:
     """The ``training`` group as it holds for a role; ``training.teacher`` overrides it."""
-    settings = dict(context.config["training"])
+    settings = dict(config["training"])
     overrides = settings.pop("teacher", None) or {}
     if role == "teacher":
         settings |= {key: value for key, value in overrides.items() if value is not None}
@@ -45,7 +45,7 @@ def training_key(context: Context, role: str) -> dict[str, Any]:
         "data": context.data.fingerprint,
         "task": context.config["task"],
         "protocol": context.config["protocol"],
-        "training": training_settings(context, role),
+        "training": training_settings(context.config, role),
         "numerics": {name: trainer[name] for name in numerics},
         "limit_batches": context.limit_batches,
     }
@@ -74,15 +74,21 @@ def train(
         directory: where to write.
         product: what the weight files are called.
     """
-    settings = training_settings(context, role)
+    settings = training_settings(context.config, role)
     options = context.config["trainer"]
     epochs, batch_size = settings["epochs"], settings["batch_size"]
     trainer = make_trainer(options, epochs=epochs)
     device = trainer.strategy.root_device
     rank, world_size = distributed.rank(), distributed.world_size()
     place = {"device": device, "rank": rank, "world_size": world_size}
+    # Every rank needs a sample of every batch: a mean over none is no number.
+    rest = context.data.train_size % batch_size
     loader = context.data.train(
-        batch_size=batch_size, seed=seed, views=assembly.method.views, **place
+        batch_size=batch_size,
+        seed=seed,
+        views=assembly.method.views,
+        drop_last=0 < rest < world_size,
+        **place,
     )
     validation = context.data.validation(batch_size=max(batch_size, 256), **place)
     steps = len(loader) if context.limit_batches is None else context.limit_batches
