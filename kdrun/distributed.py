@@ -21,7 +21,8 @@ def initialize() -> None:
     teacher, or load it?) also outside a trainer. What srun says in its own variables is put into
     torchrun's.
     """
-    if "WORLD_SIZE" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+    from_srun = "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1
+    if from_srun and "WORLD_SIZE" not in os.environ:
         from lightning.fabric.plugins.environments import SLURMEnvironment
 
         slurm = SLURMEnvironment(auto_requeue=False)
