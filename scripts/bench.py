@@ -23,10 +23,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+import yaml
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -37,13 +39,15 @@ PAIRS = {
     "resnet20-resnet8": ("resnet20", "resnet8", (3, 32, 32), 8),
     "resnet32x4-resnet8x4": ("resnet32x4", "resnet8x4", (3, 32, 32), 2),
 }
-NETWORKS = {
-    "mlp": {"_target_": "kdrun.models.mlp.MLP", "hidden": [64]},
-    **{
-        f"resnet{name}": {"_target_": f"kdrun.models.resnet.resnet{name}"}
-        for name in ("8", "20", "8x4", "32x4")
-    },
-}
+
+
+def network_node(name: str) -> dict[str, Any]:
+    """The config node of a shipped network; the two-layer one is an mlp with 64 hidden units."""
+    from kdrun.catalogue import shipped
+
+    if name == "mlp":
+        return {"_target_": "kdrun.models.mlp.MLP", "hidden": [64]}
+    return yaml.safe_load((shipped() / "model" / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
 class BareLoop:
@@ -127,12 +131,10 @@ def bench_step(pair: str, rounds: int) -> None:
 
     def network(name: str) -> nn.Module:
         torch.manual_seed(0)
-        return build_model(NETWORKS[name], num_classes=CLASSES, input_shape=shape)
+        return build_model(network_node(name), num_classes=CLASSES, input_shape=shape)
 
     torch.manual_seed(1)
-    data = [
-        (torch.randn(BATCH, *shape), torch.randint(CLASSES, (BATCH,))) for _ in range(steps)
-    ]
+    data = [(torch.randn(BATCH, *shape), torch.randint(CLASSES, (BATCH,))) for _ in range(steps)]
     loop = BareLoop(network(teacher_name), network(student_name))
 
     def bare() -> float:
