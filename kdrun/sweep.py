@@ -12,9 +12,10 @@ import logging
 import math
 import shlex
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kdrun.browse import columns
 from kdrun.catalogue import (
@@ -79,7 +80,7 @@ def sweep(words: Sequence[str], flags: Sequence[str], catalogue: Catalogue) -> i
         raise_failures=plan.searches,
     )
     began = time.time()
-    stopped = _multirun(overrides, hydra_words, directory, job, catalogue)
+    stopped = multirun(overrides, hydra_words, directory, job, catalogue)
     records = [record for record in read_records(directory / "jobs") if record.began >= began]
     print(summary(records, overrides, directory, flags))
     failed = any(record.status == "failed" for record in records)
@@ -142,7 +143,7 @@ def _read(words: Sequence[str], catalogue: Catalogue) -> tuple[_Plan, list[str]]
     settings, job_words_typed = _split(words)
     fail_fast, settings = _fail_fast(settings)
     overrides, problems = parse(job_words_typed, catalogue)
-    hydra_words, setting_problems = _hydra_words(settings, catalogue)
+    hydra_words, setting_problems = hydra_settings(settings, catalogue)
     plan = _Plan(overrides, hydra_words, fail_fast)
     problems += setting_problems
     if not plan.searches:
@@ -174,7 +175,7 @@ def _fail_fast(settings: list[str]) -> tuple[bool, list[str]]:
     return "fail_fast=true" in map(str.lower, given), [w for w in settings if w not in given]
 
 
-def _hydra_words(settings: Sequence[str], catalogue: Catalogue) -> tuple[list[str], list[str]]:
+def hydra_settings(settings: Sequence[str], catalogue: Catalogue) -> tuple[list[str], list[str]]:
     """Settings of launcher and sweeper as Hydra's overrides, and what is wrong with them."""
     words, problems = [], []
     chosen: dict[str, str] = {}
@@ -294,14 +295,14 @@ def _combinations(overrides: Sequence[Override]) -> Iterator[list[str]]:
 # -- Hydra -----------------------------------------------------------------------------------------
 
 
-def _multirun(
+def multirun(
     overrides: Sequence[Override],
     hydra_words: Sequence[str],
     directory: Path,
-    job: Job,
+    job: Callable[[Any], float],
     catalogue: Catalogue,
 ) -> bool:
-    """Hand the runs to Hydra; returns whether they were interrupted."""
+    """Hand the runs to Hydra's sweeper and launcher; returns whether they were interrupted."""
     from hydra import initialize_config_dir
     from hydra.core.config_store import ConfigStore
     from hydra.core.global_hydra import GlobalHydra
