@@ -114,7 +114,15 @@ def decoupled_divergence(
 
     Returns:
         The target-class and the non-target-class term.
+
+    Raises:
+        ValueError: targets that are no class ids, such as those of mixed samples.
     """
+    if target.shape != student.shape[:-1]:
+        raise ValueError(
+            f"targets must be class ids of shape {tuple(student.shape[:-1])}, got "
+            f"{tuple(target.shape)}; mixup and CutMix cannot be decoupled"
+        )
     if mask is not None:
         target = torch.where(mask.bool(), target, 0)
     target = target.unsqueeze(-1)

@@ -81,8 +81,14 @@ class CRD(Method):
         self.teacher_embedding = nn.Linear(teacher_width, self.dimension)
 
     def prepare(self, teachers: Mapping[str, nn.Module], loader: Iterable[Batch]) -> None:
-        """Number the training samples and lay out the banks."""
+        """Number the training samples and lay out the banks.
+
+        Raises:
+            ValueError: targets that are no class ids, such as those of mixed samples.
+        """
         batches = [(batch.index, batch.target) for batch in loader]
+        if any(target.ndim != 1 for _, target in batches):
+            raise ValueError("negatives are chosen by class ids: mixup and CutMix must be off")
         index = distributed.gather(torch.cat([index for index, _ in batches])).cpu()
         label = distributed.gather(torch.cat([label for _, label in batches])).cpu()
         index, order = index.sort()

@@ -151,3 +151,9 @@ def test_half_precision_is_computed_in_single() -> None:
         value = kl_divergence(student, teacher, t_squared=False)
     assert value.dtype == torch.float32
     assert value == kl_divergence(student.float(), teacher.float(), t_squared=False)
+
+
+def test_decoupled_refuses_mixed_targets() -> None:
+    logits = random_logits(3, 4)
+    with pytest.raises(ValueError, match="class ids"):
+        decoupled_divergence(logits, logits, logits.softmax(1), temperature=1.0, t_squared=False)

@@ -137,6 +137,12 @@ def test_banks_are_part_of_the_saved_state() -> None:
     assert torch.equal(other.normalisers, method.normalisers)
 
 
+def test_mixed_targets_are_refused() -> None:
+    data = Batch(torch.zeros(4, 1), torch.full((4, 3), 1 / 3), torch.arange(4))
+    with pytest.raises(ValueError, match="mixup"):
+        CRD().prepare({}, [data])
+
+
 def one_rank(rank: int, folder: str) -> None:
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
