@@ -51,6 +51,7 @@ def assemble(
     task: Task,
     data: DataModule,
     seed: int,
+    device: str = "cpu",
 ) -> Assembly:
     """Wrap the student, place the taps, run every network once, and set the method up.
 
@@ -61,13 +62,19 @@ def assemble(
         task: how networks read a batch.
         data: gives a sample batch and the number of classes.
         seed: initialises what the method adds.
+        device: where the networks are; ``meta`` for shapes without numbers.
 
     Raises:
-        UserError: networks that cannot work together, naming both and the shapes.
+        UserError: a method for other tasks, or networks that cannot work together, naming both and
+            the shapes.
     """
+    if task.name not in method.tasks:
+        raise UserError(
+            f"{type(method).__name__} is made for {', '.join(method.tasks)}, not for {task.name}"
+        )
     torch.manual_seed(seed)
     method.supervised_loss = task.supervised_loss
-    batch = sample_batch(data, method.views)
+    batch = moved(sample_batch(data, method.views), device)
     try:
         student = method.wrap(student, teachers, batch.inputs)
     except ValueError as error:
@@ -95,12 +102,51 @@ def assemble(
     return Assembly(method, student, dict(teachers), taps)
 
 
+def assemble_untrained(config: Mapping[str, Any], data: DataModule, task: Task) -> Assembly:
+    """The method and all networks of a configuration, whatever weights they will have.
+
+    For what asks only how they are built: checks, and a deployed student about to get its weights.
+    Nothing is trained, read or fetched.
+    """
+    method = make_method(config["method"])
+    student = build_untrained(config["student"], data, config["seed"])
+    teachers = {
+        role: build_untrained(config[source], data, config["seed"])
+        for role, source in method.roles().items()
+    }
+    return assemble(method, student, teachers, task=task, data=data, seed=config["seed"])
+
+
+def build_untrained(node: Mapping[str, Any], data: DataModule, seed: int) -> nn.Module:
+    """``build_network`` without a library's pretrained weights."""
+    if "pretrained" in node:
+        node = {**node, "pretrained": False}
+    return build_network(node, data, seed)
+
+
 def sample_batch(data: DataModule, views: tuple[str, ...] = ()) -> Batch:
     """Two training samples on the CPU, not augmented."""
-    loader = data.train(
-        batch_size=2, seed=0, device=torch.device("cpu"), views=views, augment=False, shuffle=False
+    cpu = torch.device("cpu")
+    loader = data.train(batch_size=2, seed=0, device=cpu, views=views, augment=False, shuffle=False)
+    with cpu:  # Also where networks are being built without numbers.
+        return next(iter(loader))
+
+
+def moved(batch: Batch, device: str) -> Batch:
+    """The batch on another device."""
+
+    def move(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: move(item) for name, item in value.items()}
+        return value if value is None else value.to(device)
+
+    return Batch(
+        move(batch.inputs),
+        move(batch.target),
+        move(batch.index),
+        move(batch.mask),
+        move(batch.views),
     )
-    return next(iter(loader))
 
 
 def _dry_forward(

@@ -220,7 +220,7 @@ def _validate(line: CommandLine) -> int:
     from kdrun.config import compose
 
     config = compose(line.words, line.catalogue())
-    from kdrun.experiment import check
+    from kdrun.validation import check
 
     with allowing(config.values["allow_packages"]):
         for fact in check(config.values, config.names):

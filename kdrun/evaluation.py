@@ -63,7 +63,7 @@ def evaluate(
         reference: name of the network that the others' fidelity is measured against.
 
     Returns:
-        Metrics by network name: the task's, and ``kl`` and ``agreement`` where there is a reference.
+        Metrics by network: the task's, and ``kl`` and ``agreement`` where there is a reference.
     """
     device = evaluation_device(context.config["trainer"]["accelerator"])
     batch_size = max(256, context.config["training"]["batch_size"])

@@ -18,7 +18,7 @@ LAYERS = {
         *("browse", "completion", "doctor", "deployment", "table", "report.command"),
     ),
     "config": ("config", "overrides", "catalogue", "checks", "constraints", "schema"),
-    "experiment": ("experiment",),
+    "experiment": ("experiment", "validation"),
     "stages": ("stages", "assembly", "evaluation", "fit", "optimization", "report"),
     "distiller": ("distiller", "logs", "loggers"),
     "methods": ("methods", "method"),
