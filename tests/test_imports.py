@@ -25,7 +25,7 @@ LAYERS = {
     "parts": ("losses", "layers", "tasks", "data", "models", "outputs"),
     "ground": (
         *("build", "targets", "parameters", "errors", "store", "checkpoints", "distributed"),
-        *("identity", "interruption", "process", "provenance", "startup"),
+        *("clock", "identity", "interruption", "process", "provenance", "startup"),
     ),
 }
 """Modules and packages from the top of the house to its floor; what stands in a layer imports from

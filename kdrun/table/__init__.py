@@ -1,0 +1,5 @@
+"""Tables of experiments: one config file to all its runs, by any number of processes."""
+
+from kdrun.table.command import main
+
+__all__ = ["main"]

@@ -1,0 +1,120 @@
+"""Work on a table: claim a run, do it, go on after failures, until nothing is left."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+
+from kdrun.catalogue import Catalogue
+from kdrun.errors import Interrupted, UserError
+from kdrun.table.cells import Cell
+from kdrun.table.progress import ERROR, FINISHED, claim, failed_since
+from kdrun.table.views import LineSink, View
+
+POLL_SECONDS = 1.0
+"""Between two looks for work while other processes do all that is left."""
+
+Run = Callable[[list[str]], None]
+"""Does the run of some overrides; raises where it fails."""
+
+
+def work(
+    cells: Sequence[Cell],
+    run: Run,
+    view: View,
+    *,
+    began: float,
+    fail_fast: bool = False,
+    poll_seconds: float = POLL_SECONDS,
+) -> None:
+    """Do every run that is neither done nor failed since ``began``, with whoever else is at it.
+
+    A run that failed before is tried again, once. Returns when every run is done or has failed;
+    those of other processes are waited for, and taken over where such a process dies.
+
+    Args:
+        cells: the runs, in the order in which they are best done.
+        run: does one; its output is shown by ``view``.
+        view: told what happens.
+        began: when this work on the table began, seconds since 1970.
+        fail_fast: stop at the first failure, also at one of another process.
+        poll_seconds: see ``POLL_SECONDS``.
+
+    Raises:
+        Interrupted: a signal stopped a run after it was saved.
+    """
+    tried: set[Cell] = set()
+    while True:
+        left = [cell for cell in cells if not (cell.directory / FINISHED).is_file()]
+        failed = [cell for cell in left if cell in tried or failed_since(cell, began)]
+        untried = [cell for cell in left if cell not in failed]
+        if not untried or (fail_fast and failed):
+            return
+        for cell in untried:
+            with claim(cell) as claimed:
+                if claimed:
+                    tried.add(cell)
+                    _attempt(cell, run, view, began)
+                    break
+        else:
+            view.waiting(len(untried))
+            time.sleep(poll_seconds)
+
+
+def _attempt(cell: Cell, run: Run, view: View, began: float) -> None:
+    """Do a run that this process has claimed."""
+    # It may have ended between the look for work and the claim.
+    if (cell.directory / FINISHED).is_file() or failed_since(cell, began):
+        return
+    (cell.directory / ERROR).unlink(missing_ok=True)
+    view.started(cell)
+    start = time.monotonic()
+    error = _run_and_record(cell, run, view)
+    view.finished(cell, time.monotonic() - start, error)
+
+
+def _run_and_record(cell: Cell, run: Run, view: View) -> str:
+    """Do a run; leaves ``error.txt`` where it fails, and returns its last line."""
+    sink = LineSink(lambda line: view.said(cell, line))
+    try:
+        with contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
+            run(cell.words)
+        return ""
+    except Interrupted:
+        raise
+    except UserError as error:
+        text = str(error)
+    except (Exception, SystemExit):
+        text = traceback.format_exc()
+    finally:
+        _release_memory()
+    cell.directory.mkdir(parents=True, exist_ok=True)
+    (cell.directory / ERROR).write_text(text.rstrip() + "\n", encoding="utf-8")
+    return text.rstrip().splitlines()[-1]
+
+
+def _release_memory() -> None:
+    """Free what a run has left, on the GPU too, for the next one."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def runner(catalogue: Catalogue, flags: Sequence[str]) -> Run:
+    """What does a run in this process."""
+
+    def run(words: list[str]) -> None:
+        from kdrun.run import run as run_words
+
+        exit_code = run_words(words, flags, catalogue).exit_code
+        if exit_code in (130, 143):
+            raise Interrupted("kdrun", signal_number=exit_code - 128)
+        if exit_code != 0:
+            raise UserError(f"its processes ended with exit status {exit_code}; see log.txt")
+
+    return run
