@@ -115,6 +115,7 @@ def train(
     if options["compile"]:
         for network in (*distiller.networks.values(), *distiller.frozen.values()):
             network.compile()
+    distiller.to(device)
     assembly.method.prepare(distiller.frozen, loader)
     log = TrainingLog(context.console, name, batch_size, context.loggers, context.task.objective)
     # Dropout and the like draw from the global generator: the same for the same seed, whichever
