@@ -65,10 +65,13 @@ class Catalogue:
                 return file
         raise UserError(unknown_choice(group, name, self.choices(group)))
 
+    def root(self) -> dict[str, Any]:
+        """The content of ``config.yaml``, as written."""
+        return load_yaml(self.directories[0] / "config.yaml")
+
     def defaults(self) -> dict[str, str]:
         """The choice of each group in ``config.yaml``, by the name of the group as typed."""
-        root = load_yaml(self.directories[0] / "config.yaml")
-        pairs = [entry for entry in root["defaults"] if isinstance(entry, dict)]
+        pairs = [entry for entry in self.root()["defaults"] if isinstance(entry, dict)]
         return {typed_group(key): name for pair in pairs for key, name in pair.items()}
 
     def group_folders(self) -> list[str]:

@@ -64,6 +64,8 @@ def compose_parsed(
     values = copy.deepcopy(base)
     for role, fixed in entries.items():
         values[role] |= fixed
+    if base["allow_packages"] != catalogue.root()["allow_packages"]:
+        problems.append("allow_packages: is set by a config file; only the command line may")
     editor = _Editor(values, names)
     for override in overrides:
         if override.is_choice or override.key.split(".")[0] in broken:

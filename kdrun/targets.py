@@ -17,7 +17,14 @@ from kdrun.errors import UserError
 from kdrun.parameters import Signature, find_source, read_signature
 
 ALLOWED = (
-    "kdrun",
+    # Not all of kdrun: its store writes files, its launcher starts processes.
+    "kdrun.data",
+    "kdrun.layers",
+    "kdrun.losses",
+    "kdrun.methods",
+    "kdrun.models",
+    "kdrun.stages",
+    "kdrun.tasks",
     "torch.nn",
     "torch.optim",
     "torchvision.models",
@@ -58,6 +65,9 @@ def refusal(target: Any, packages: Iterable[str] = ()) -> str | None:
     top = target.split(".")[0]
     if top in sys.stdlib_module_names:
         return f"{target}: nothing is built from Python's standard library"
+    if top == "kdrun" and not is_allowed(target):
+        own = ", ".join(name.removeprefix("kdrun.") for name in ALLOWED if name.startswith("kdrun"))
+        return f"{target}: of kdrun only {own} are built from"
     if not is_allowed(target, packages):
         return f"{target}: nothing is built from {top} unless allow_packages=[{top}] says so"
     return None

@@ -224,8 +224,24 @@ def test_targets_of_a_config_file_are_held_to_the_list(tmp_path):
 
 
 def test_a_target_that_kdrun_does_not_have(catalogue):
-    found = problems(catalogue, "method._target_=kdrun.store.os.system")
-    assert found == ["method._target_: kdrun.store.os.system: no such class or function"]
+    found = problems(catalogue, "method._target_=kdrun.data.streaming.os.system")
+    assert found == ["method._target_: kdrun.data.streaming.os.system: no such class or function"]
+    found = problems(catalogue, "method._target_=kdrun.store.write_atomically")
+    assert found == [
+        "method._target_: kdrun.store.write_atomically: of kdrun only data, layers, losses, "
+        "methods, models, stages, tasks are built from"
+    ]
+
+
+def test_a_config_file_cannot_permit_packages(tmp_path):
+    (tmp_path / "method").mkdir()
+    (tmp_path / "method" / "mine.yaml").write_text(
+        "# @package _global_\nallow_packages: [mine]\nmethod:\n  _target_: mine.Method\n"
+    )
+    catalogue = open_catalogue([tmp_path])
+    assert problems(catalogue, "method=mine")[0] == (
+        "allow_packages: is set by a config file; only the command line may"
+    )
 
 
 def test_another_optimiser_is_given_as_a_whole_node(catalogue):
