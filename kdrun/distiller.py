@@ -101,6 +101,11 @@ class Distiller(LightningModule):
             for role, network in networks.items()
         }
         self._views = method.views
+        # Read by DistributedDataParallel. A method keeps its memories alike on all ranks itself;
+        # sending them at every forward would cost more than the step.
+        self._ddp_params_and_buffers_to_ignore = [
+            f"method.{name}" for name, _ in method.named_buffers()
+        ]
         self.epoch = 0
         self.position = 0
         self.step_count = 0
@@ -257,8 +262,8 @@ class Distiller(LightningModule):
     def _measure_gradients(
         self, terms: Mapping[str, Tensor], weights: Mapping[str, float]
     ) -> dict[str, float]:
-        """Share of each weighted term in the sum of their gradient norms at the student."""
-        parameters = [p for p in self.networks[STUDENT].parameters() if p.requires_grad]
+        """Share of each weighted term in the sum of their gradient norms at what is trained."""
+        parameters = [p for p in self.networks.parameters() if p.requires_grad]
         norms = {}
         for name, term in terms.items():
             gradients: tuple[Tensor | None, ...] = (None,)

@@ -113,6 +113,8 @@ def train(
     size = context.data.train_size
     distiller.global_batch = lambda position: min(batch_size, size - position * batch_size)
     if options["compile"]:
+        # The first step takes the gradient of each term by itself, so backward runs repeatedly.
+        torch._functorch.config.donated_buffer = False
         for network in (*distiller.networks.values(), *distiller.frozen.values()):
             network.compile()
     distiller.to(device)
