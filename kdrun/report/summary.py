@@ -16,10 +16,24 @@ def summary_table(result: Mapping[str, Any]) -> str:
     Args:
         result: the content of ``result.json``.
     """
-    metric = result["metric"]
+    protocol = {
+        "holdout": "best = best epoch on the held-out validation split; test evaluated once",
+        "paper": "protocol=paper: best = best epoch on the test set, as many papers report it",
+    }[result["protocol"]]
+    table = networks_table(result["metric"], result["networks"])
+    return f"\n{table}\n({protocol})"
+
+
+def networks_table(metric: str, networks: Mapping[str, Any]) -> str:
+    """One line for each network and weights of it.
+
+    Args:
+        metric: the task's main metric.
+        networks: by role, as in ``result.json``.
+    """
     rows = [list(COLUMNS)]
     rows[0][3] = f"test {metric}"
-    for role, entry in result["networks"].items():
+    for role, entry in networks.items():
         training = entry.get("training", {})
         seconds = training.get("seconds")
         for label, key in (("", "test"), (" (last)", "test_last"), (" (best)", "test_best")):
@@ -40,18 +54,13 @@ def summary_table(result: Mapping[str, Any]) -> str:
                 ]
             )
     widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
-    lines = [
+    return "\n".join(
         "  ".join(
             cell.ljust(width) if i < 2 else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
-    ]
-    protocol = {
-        "holdout": "best = best epoch on the held-out validation split; test evaluated once",
-        "paper": "protocol=paper: best = best epoch on the test set, as many papers report it",
-    }[result["protocol"]]
-    return "\n".join(["", *lines, f"({protocol})"])
+    )
 
 
 def _number(value: float | None, digits: int) -> str:
