@@ -24,7 +24,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from kdrun import distributed
 from kdrun.checkpoints import save_weights
 from kdrun.data.loader import Loader
-from kdrun.distiller import Distiller
+from kdrun.distiller import STUDENT, Distiller
 from kdrun.errors import UserError
 from kdrun.interruption import SignalWatch, Stopped
 from kdrun.logs import EpochRow, TrainingLog
@@ -74,7 +74,8 @@ def fit(
 
     Writes ``last.ckpt`` (after every epoch, every ``checkpoint_seconds`` and on a signal),
     ``metrics.csv``, ``<product>.safetensors`` (the student as deployed, after the last epoch) and
-    ``<product>_best.safetensors`` (at the best validation objective).
+    ``<product>_best.safetensors`` (at the best validation objective), and ``<role>.safetensors`` of
+    every further network that was trained.
 
     Args:
         distiller: networks and method, on the CPU.
@@ -110,6 +111,9 @@ def fit(
         distiller.load_state_dict(saved["state_dict"])
     if distributed.rank() == 0:
         save_weights(distiller.deployed(), directory / f"{product}.safetensors")
+        for role, network in distiller.networks.items():
+            if role != STUDENT:
+                save_weights(network, directory / f"{role}.safetensors")
     return session.outcome
 
 

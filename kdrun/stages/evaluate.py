@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ class Evaluate(Stage):
         """Fill ``context.result`` with the metrics of every network."""
         assembly = assemble_run(context)
         networks: dict[str, nn.Module] = dict(assembly.teachers)
+        for role in assembly.method.trainable_roles:
+            load_weights(networks[role], context.artefacts["distil"].path(f"{role}.safetensors"))
         for epoch, ending in EPOCHS.items():
             if "alone" in context.artefacts:
                 network = initial_student(context)
@@ -36,21 +39,7 @@ class Evaluate(Stage):
             deployed = copy.deepcopy(assembly.deployed())
             load_weights(deployed, context.artefacts["distil"].path(f"student{ending}.safetensors"))
             networks[f"distilled/{epoch}"] = deployed
-        reference = "teacher" if "teacher" in networks else None
-        metrics = evaluate(networks, context, context.data.test, reference)
-        result: dict[str, Any] = {}
-        for label, network in networks.items():
-            role, _, epoch = label.partition("/")
-            entry = result.setdefault(
-                role,
-                {
-                    "network": context.names.get(
-                        "teacher" if role == "teacher" else "student", role
-                    ),
-                    "parameters": parameter_count(network),
-                },
-            )
-            entry["test" if not epoch else f"test_{epoch}"] = metrics[label]
+        result = results_on_test(context, networks)
         for role, stage in (("teacher", "teacher"), ("alone", "alone"), ("distilled", "distil")):
             if role in result and stage in context.artefacts:
                 training = read_json(context.artefacts[stage].path("training.json"))
@@ -58,3 +47,29 @@ class Evaluate(Stage):
         context.result["networks"] = result
         training = result["distilled"]["training"]
         context.result["objective"] = training["validation"]["best"][context.task.objective]
+
+
+def results_on_test(context: Context, networks: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """The metrics of several networks on the test split, in the form of ``result.json``.
+
+    Args:
+        context: the run.
+        networks: by ``<role>`` or, where a role comes with several weights, ``<role>/<epoch>``;
+            where there is a ``teacher``, the agreement of all others with it is measured.
+
+    Returns:
+        By role: name and size of the network, and its metrics as ``test`` or ``test_<epoch>``.
+    """
+    reference = "teacher" if "teacher" in networks else None
+    metrics = evaluate(networks, context, context.data.test, reference)
+    result: dict[str, Any] = {}
+    for label, network in networks.items():
+        role, _, epoch = label.partition("/")
+        source = "teacher" if role == "teacher" else "student"
+        facts = {
+            "network": context.names.get(source, role),
+            "parameters": parameter_count(network),
+        }
+        entry = result.setdefault(role, facts)
+        entry[f"test_{epoch}" if epoch else "test"] = metrics[label]
+    return result
