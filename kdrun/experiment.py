@@ -140,7 +140,7 @@ def _run_stages(
             watch.raise_if_received()
             stage.run(context, name)
         for logger in loggers:
-            logger.log_metrics(dict(test_metrics(context.result)))
+            logger.log_metrics(dict(flat_results(context.result)))
     if main:
         facts = {
             "schema": RESULT_SCHEMA,
@@ -160,7 +160,7 @@ def _run_stages(
         write_json(directory / RESULT, facts | context.result)
 
 
-def test_metrics(result: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+def flat_results(result: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """The test results of all networks under flat names: ``distilled/test_last/accuracy``."""
     for role, entry in result.get("networks", {}).items():
         for key in ("test", "test_last", "test_best"):

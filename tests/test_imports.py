@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "kdrun"
 LAYERS = {
     "cli": (
         *("__main__", "cli", "run", "runs", "sweep", "job", "launch"),
-        *("browse", "completion", "doctor", "deployment", "table", "report.command"),
+        *("browse", "completion", "doctor", "deployment", "export", "table", "report.command"),
     ),
     "config": ("config", "overrides", "catalogue", "checks", "constraints", "schema"),
     "experiment": ("experiment", "validation"),
