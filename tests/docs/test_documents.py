@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from _pytest.mark.structures import ParameterSet
 
 from kdrun.catalogue import open_catalogue
 from kdrun.config import compose
@@ -52,9 +53,11 @@ def run(command: Command, block: Block, folder: Path) -> str:
 
 
 def assert_same_text(shown: str, printed: str) -> None:
-    """The document shows what was printed; a line ``...`` stands for any lines."""
+    """The document shows what was printed; ``...`` stands for any lines, or any part of one."""
     pattern = "".join(
-        r"(?:.*\n)*?" if line.strip() == ELISION else re.escape(line.rstrip()) + "\n"
+        r"(?:.*\n)*?"
+        if line.strip() == ELISION
+        else ".*".join(map(re.escape, line.rstrip().split(ELISION))) + "\n"
         for line in shown.rstrip().splitlines()
     )
     printed = "".join(f"{line.rstrip()}\n" for line in printed.rstrip().splitlines())
@@ -76,11 +79,11 @@ def masked(line: str) -> str:
     return " ".join(line.split())
 
 
-def slow_if_it_trains(block: Block) -> pytest.param:
+def slow_if_it_trains(block: Block) -> ParameterSet:
     return pytest.param(block, id=str(block), marks=[pytest.mark.slow] if block.trains else [])
 
 
-@pytest.mark.parametrize("block", map(slow_if_it_trains, COMMAND_BLOCKS))
+@pytest.mark.parametrize("block", list(map(slow_if_it_trains, COMMAND_BLOCKS)))
 def test_commands(block: Block, tmp_path: Path) -> None:
     if block.kind == "skip":
         assert block.argument, f"{block} is skipped without a reason"
