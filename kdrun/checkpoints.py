@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from kdrun.errors import UserError
-from kdrun.store import atomic_file
+from kdrun.files import atomic_file
 
 NESTS = ("state_dict", "model_state_dict", "model", "net", "network", "student", "weights")
 """Keys under which training programs put the weights beside epoch and optimiser."""

@@ -19,6 +19,7 @@ from kdrun.data.module import DataModule
 from kdrun.errors import UserError
 from kdrun.experiment import RESULT, prepare_data
 from kdrun.export import FORMATS, SUFFIXES, export
+from kdrun.files import read_json, write_json
 from kdrun.identity import fingerprint
 from kdrun.interruption import SignalWatch
 from kdrun.logs import Console
@@ -28,7 +29,7 @@ from kdrun.runs import CONFIG, stored_words
 from kdrun.stages.evaluate import EPOCHS, results_on_test
 from kdrun.stages.stage import Context
 from kdrun.stages.train import load_network
-from kdrun.store import Artefact, Store, is_complete, read_json, write_json
+from kdrun.store import Artefact, Store, is_complete
 from kdrun.tasks.task import Task
 
 Epoch = Literal["last", "best"]

@@ -16,6 +16,7 @@ from kdrun import distributed
 from kdrun.build import allowing, instantiate
 from kdrun.data.module import DataModule
 from kdrun.errors import Interrupted
+from kdrun.files import read_json, write_atomically, write_json
 from kdrun.identity import identity, run_directory
 from kdrun.interruption import SignalWatch, Stopped
 from kdrun.loggers import check_logger, open_loggers
@@ -24,7 +25,7 @@ from kdrun.process import prepare_process
 from kdrun.provenance import environment
 from kdrun.report.summary import summary_table
 from kdrun.stages.stage import Context, Stage
-from kdrun.store import Store, make_once, read_json, write_atomically, write_json
+from kdrun.store import Store, make_once
 from kdrun.tasks.task import Task
 
 RESULT_SCHEMA = 1

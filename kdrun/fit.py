@@ -26,10 +26,10 @@ from kdrun.checkpoints import save_weights
 from kdrun.data.loader import Loader
 from kdrun.distiller import STUDENT, Distiller
 from kdrun.errors import UserError
+from kdrun.files import atomic_file, write_atomically
 from kdrun.interruption import SignalWatch, Stopped
 from kdrun.logs import EpochRow, TrainingLog
 from kdrun.outputs import Batch
-from kdrun.store import atomic_file, write_atomically
 from kdrun.tasks.task import Task
 
 CHECKPOINT = "last.ckpt"

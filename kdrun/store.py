@@ -12,21 +12,18 @@ next one, which continues from whatever state the producer left in the directory
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
-import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from kdrun import distributed
 from kdrun.errors import UserError
+from kdrun.files import file_sha256, read_json, write_json
 from kdrun.identity import fingerprint
 
 MARKER = "artefact.json"
@@ -34,52 +31,6 @@ LOGS = ("log.txt", "logs")
 """What may be moved or thrown away without harm to a finished artefact."""
 WAIT_SECONDS = 0.5
 """Between two looks at whether waiting for another process has become pointless."""
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of ``path`` only when all of it is on the disk.
-
-    Readers see the old file or the new one, whole. When writing fails (a full disk), the old one
-    stays and the failure is a ``UserError``.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_atomically(path: Path, data: bytes | str) -> None:
-    """Replace ``path`` by ``data`` in one step (``atomic_file``)."""
-    with atomic_file(path) as file:
-        file.write(data.encode() if isinstance(data, str) else data)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON document atomically, indented for people."""
-    write_atomically(path, json.dumps(value, indent=2, default=str) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON document; a damaged one is a ``UserError`` that names the file."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged ({error}); remove it and run again") from error
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,16 @@ LAYERS = {
     "parts": ("losses", "layers", "tasks", "data", "models", "outputs"),
     "ground": (
         *("build", "targets", "parameters", "errors", "store", "checkpoints", "distributed"),
-        *("clock", "identity", "interruption", "process", "provenance", "startup", "clock"),
+        *(
+            "clock",
+            "files",
+            "identity",
+            "interruption",
+            "process",
+            "provenance",
+            "startup",
+            "clock",
+        ),
     ),
 }
 """Modules and packages from the top of the house to its floor; what stands in a layer imports from

@@ -15,19 +15,10 @@ import pytest
 
 from kdrun import store as store_module
 from kdrun.errors import UserError
+from kdrun.files import file_sha256, read_json, write_atomically, write_json
 from kdrun.identity import fingerprint
 from kdrun.interruption import SignalWatch, Stopped
-from kdrun.store import (
-    MARKER,
-    Store,
-    commit,
-    file_sha256,
-    is_complete,
-    make_once,
-    read_json,
-    write_atomically,
-    write_json,
-)
+from kdrun.store import MARKER, Store, commit, is_complete, make_once
 
 
 def write(text: str):

@@ -11,10 +11,10 @@ from torch import nn
 
 from kdrun.checkpoints import load_weights
 from kdrun.evaluation import evaluate, parameter_count
+from kdrun.files import read_json
 from kdrun.stages.distil import assemble_run
 from kdrun.stages.stage import Context, Stage
 from kdrun.stages.train import initial_student
-from kdrun.store import read_json
 
 EPOCHS = {"last": "", "best": "_best"}
 """Which epoch's weights, and what their file's name ends in."""

@@ -12,11 +12,11 @@ from kdrun import distributed
 from kdrun.assembly import assemble, build_network, load_init, make_method
 from kdrun.checkpoints import load_weights, save_weights
 from kdrun.errors import UserError
+from kdrun.files import file_sha256, write_json
 from kdrun.method import Method
 from kdrun.outputs import Batch, ModelOutput, Progress
 from kdrun.stages.stage import Context, Stage
 from kdrun.stages.training import architecture, train, training_key
-from kdrun.store import file_sha256, write_json
 
 WEIGHTS = {"last": "network.safetensors", "best": "network_best.safetensors"}
 """Files of a trained network: after the last epoch, and at the best validation result."""

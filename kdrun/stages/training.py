@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ import torch
 from kdrun import distributed
 from kdrun.assembly import Assembly
 from kdrun.distiller import Distiller, Optimization
+from kdrun.files import write_json
 from kdrun.fit import Outcome, fit, make_trainer
 from kdrun.logs import TrainingLog
 from kdrun.models.build import ROLE_KEYS
 from kdrun.optimization import make_optimizer, make_scheduler
 from kdrun.stages.stage import Context
-from kdrun.store import fingerprint, write_json
+from kdrun.store import fingerprint
 
 FORMAT = 1
 """Raised when a change of the code makes stored networks incomparable with new ones."""
@@ -80,7 +82,8 @@ def train(
     trainer = make_trainer(options, epochs=epochs)
     device = trainer.strategy.root_device
     rank, world_size = distributed.rank(), distributed.world_size()
-    place = {"device": device, "rank": rank, "world_size": world_size}
+    dtype = torch.float64 if options["precision"] == 64 else torch.float32
+    place = {"device": device, "rank": rank, "world_size": world_size, "dtype": dtype}
     # Every rank needs a sample of every batch: a mean over none is no number.
     rest = context.data.train_size % batch_size
     loader = context.data.train(
@@ -120,9 +123,10 @@ def train(
     distiller.to(device)
     assembly.method.prepare(distiller.frozen, loader)
     log = TrainingLog(context.console, name, batch_size, context.loggers, context.task.objective)
-    # Dropout and the like draw from the global generator: the same for the same seed, whichever
+    # Dropout and the like draw from the global generators: the same for the same seed, whichever
     # stages ran, or were found in the store, before.
     torch.manual_seed(seed)
+    random.seed(seed)
     outcome = fit(
         distiller,
         loader,
