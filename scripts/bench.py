@@ -2,6 +2,7 @@
 
     python scripts/bench.py step [--pair mlp|resnet20-resnet8|resnet32x4-resnet8x4] [--rounds 15]
     python scripts/bench.py startup [--runs 5]
+    python scripts/bench.py allocator [--rounds 7]
 
 ``step`` runs plain KD (T = 4, 0.1 CE + 0.9 KD, SGD with momentum, learning rate 0 so that every
 block does identical arithmetic) in one process on one thread. A block of the bare loop stands right
@@ -10,12 +11,16 @@ noise. The allocator is fixed and denormals are flushed for all of them. Printed
 adjacent bare block and extra CPU milliseconds per step, as min - median - max over the rounds.
 
 ``startup`` times whole commands: the seconds until help, an error, and the first training step.
+
+``allocator`` pairs processes that run the bare resnet20 -> resnet8 loop with and without the
+setting that ``kdrun.process.keep_freed_memory`` makes, in alternating order.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -190,13 +195,20 @@ def bench_step(pair: str, rounds: int) -> None:
             watch=SignalWatch(),
             checkpoint_seconds=1e9,
         )
-    # The first round warms up.
-    rows = list(zip(loader.bare_seconds, loader.seconds, strict=True))[1:]
-    beside = [kd / second for (_, second), kd in rows]
-    noise = [second / first for (first, second), _ in rows]
-    extra = [1e3 * (kd - second) / steps for (_, second), kd in rows]
-    extra_noise = [1e3 * (second - first) / steps for (first, second), _ in rows]
-    base = statistics.median(second for (_, second), _ in rows) / steps * 1e3
+    # The blocks ran as bare, bare, kdrun, bare, bare, kdrun ...; the first round warmed up.
+    # Beside kdrun stands the bare block before it or the one after it, in turn, and the noise is
+    # taken in alternating order too, so that a drift of the machine's speed cancels.
+    bare_blocks = [*loader.bare_seconds[1:], (bare(), bare())]
+    rows = []
+    for number, ours in enumerate(loader.seconds[1:]):
+        neighbours = (bare_blocks[number][1], bare_blocks[number + 1][0])
+        pair_of_bare = bare_blocks[number] if number % 2 else bare_blocks[number][::-1]
+        rows.append((ours, neighbours[number % 2], *pair_of_bare))
+    beside = [ours / theirs for ours, theirs, _, _ in rows]
+    noise = [again / first for _, _, again, first in rows]
+    extra = [1e3 * (ours - theirs) / steps for ours, theirs, _, _ in rows]
+    extra_noise = [1e3 * (again - first) / steps for _, _, again, first in rows]
+    base = statistics.median(theirs for _, theirs, _, _ in rows) / steps * 1e3
     print(f"{pair}: bare {base:.3f} ms/step, {rounds} rounds of {steps} steps")
     print(f"  bare again / bare   {spread(noise)}   extra ms {spread(extra_noise)}")
     print(f"  kdrun / bare        {spread(beside)}   extra ms {spread(extra)}")
@@ -252,6 +264,48 @@ def _seconds_to_first_epoch(program: list[str], folder: str) -> float:
     return seconds
 
 
+def bench_allocator(rounds: int) -> None:
+    """CPU time and page faults of the bare loop, with the allocator's setting over without."""
+    ratios, faults = [], {"yes": [], "no": []}
+    for number in range(rounds):
+        order = ("yes", "no") if number % 2 else ("no", "yes")
+        seconds = {}
+        for keep in order:
+            command = [sys.executable, __file__, "allocator-child", "--keep", keep]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            used, faulted = done.stdout.split()
+            seconds[keep] = float(used)
+            faults[keep].append(int(faulted))
+        ratios.append(seconds["yes"] / seconds["no"])
+    print(f"resnet20 -> resnet8, CPU time with / without: {spread(ratios)} ({rounds} pairs)")
+    for keep, counts in faults.items():
+        print(f"  page faults per step, kept={keep}: {spread([count / 1.0 for count in counts])}")
+
+
+def allocator_child(keep: bool, steps: int = 12) -> None:
+    """One process of ``bench_allocator``: prints CPU seconds and page faults per step."""
+    from kdrun.models import build_model
+    from kdrun.process import keep_freed_memory
+
+    if keep:
+        keep_freed_memory()
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    torch.manual_seed(0)
+    networks = [
+        build_model(network_node(name), num_classes=CLASSES, input_shape=(3, 32, 32))
+        for name in ("resnet20", "resnet8")
+    ]
+    loop = BareLoop(*networks)
+    data = [(torch.randn(BATCH, 3, 32, 32), torch.randint(CLASSES, (BATCH,)))]
+    loop.run(data * 3)
+    began, faults = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    loop.run(data * steps)
+    used = time.process_time() - began
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+    print(used, faults // steps)
+
+
 def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -261,7 +315,17 @@ def main() -> None:
     step.add_argument("--rounds", type=int, default=15)
     startup = commands.add_parser("startup", help="seconds to help, an error, the first step")
     startup.add_argument("--runs", type=int, default=5)
+    allocator = commands.add_parser("allocator", help="what keeping freed memory gains")
+    allocator.add_argument("--rounds", type=int, default=7)
+    child = commands.add_parser("allocator-child")
+    child.add_argument("--keep", choices=("yes", "no"), required=True)
     options = parser.parse_args()
+    if options.command == "allocator":
+        bench_allocator(options.rounds)
+        return
+    if options.command == "allocator-child":
+        allocator_child(options.keep == "yes")
+        return
     if options.command == "startup":
         bench_startup(options.runs)
         return
