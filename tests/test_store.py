@@ -47,7 +47,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     def fail(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(store_module.os, call, fail)
+    monkeypatch.setattr(os, call, fail)
     with pytest.raises(UserError, match=r"cannot write .*value\.txt: No space left on device"):
         write_atomically(path, "new")
     assert path.read_text() == "old"
