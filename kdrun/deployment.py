@@ -10,7 +10,12 @@ from typing import Any, Literal
 
 from torch import nn
 
-from kdrun.assembly import assemble_untrained, build_untrained, with_batch_statistics
+from kdrun.assembly import (
+    Assembly,
+    assemble_untrained,
+    build_untrained,
+    with_batch_statistics,
+)
 from kdrun.build import allowing
 from kdrun.catalogue import Catalogue, load_yaml, nearest
 from kdrun.checkpoints import load_weights
@@ -30,7 +35,6 @@ from kdrun.stages.evaluate import EPOCHS, results_on_test
 from kdrun.stages.stage import Context
 from kdrun.stages.train import load_network
 from kdrun.store import Artefact, Store, is_complete
-from kdrun.tasks.task import Task
 
 Epoch = Literal["last", "best"]
 
@@ -82,7 +86,7 @@ def load_student(directory: str | Path, epoch: Epoch = "last") -> nn.Module:
     """
     run = read_run(Path(directory))
     with allowing(run.config["allow_packages"]):
-        return _deployed(run, epoch, *prepare_data(run.config))
+        return _deployed(run, epoch, assemble_untrained(run.config, *prepare_data(run.config)))
 
 
 # -- kdrun eval ------------------------------------------------------------------------------------
@@ -184,22 +188,26 @@ def _with_words(
 def _networks(run: FinishedRun, context: Context) -> dict[str, nn.Module]:
     """Everything that can be tested, named for ``results_on_test``."""
     config, data = context.config, context.data
+    assembly = assemble_untrained(config, data, context.task)
     networks: dict[str, nn.Module] = {}
-    if "teacher" in context.artefacts:
-        networks["teacher"] = load_network(context, "teacher")
-        if config["teacher"]["mode"] == "batch_stats":
-            networks["teacher"] = with_batch_statistics(networks["teacher"])
+    for role, source in assembly.method.roles().items():
+        if role in assembly.method.trainable_roles:
+            networks[role] = assembly.teachers[role]
+            load_weights(networks[role], run.directory / f"{role}.safetensors")
+        elif source in context.artefacts:
+            networks[role] = load_network(context, source)
+            if config[source]["mode"] == "batch_stats":
+                networks[role] = with_batch_statistics(networks[role])
     for epoch, ending in EPOCHS.items():
         if "alone" in context.artefacts:
             alone = build_untrained(config["student"], data, config["seed"])
             load_weights(alone, context.artefacts["alone"].path(f"network{ending}.safetensors"))
             networks[f"alone/{epoch}"] = alone
-        networks[f"distilled/{epoch}"] = _deployed(run, epoch, data, context.task)
+        networks[f"distilled/{epoch}"] = _deployed(run, epoch, assembly)
     return networks
 
 
-def _deployed(run: FinishedRun, epoch: Epoch, data: DataModule, task: Task) -> nn.Module:
-    assembly = assemble_untrained(run.config, data, task)
+def _deployed(run: FinishedRun, epoch: Epoch, assembly: Assembly) -> nn.Module:
     network = copy.deepcopy(assembly.deployed())
     load_weights(network, run.weights(epoch))
     return network.eval()
@@ -233,7 +241,7 @@ def export_run(directory: Path, words: Sequence[str]) -> None:
     prepare_process(run.config["trainer"])
     with allowing(run.config["allow_packages"]):
         data, task = prepare_data(run.config)
-        network = _deployed(run, request.epoch, data, task)
+        network = _deployed(run, request.epoch, assemble_untrained(run.config, data, task))
     batch = next(iter(data.test(batch_size=5, device="cpu")))
     difference = export(network, task, batch, request.format, request.path)
     size = request.path.stat().st_size
