@@ -146,6 +146,7 @@ def moved(batch: Batch, device: str) -> Batch:
         move(batch.index),
         move(batch.mask),
         move(batch.views),
+        batch.augmentation,
     )
 
 

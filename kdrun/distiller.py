@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from kdrun import distributed
 from kdrun.errors import UserError
 from kdrun.layers.taps import Taps
 from kdrun.method import Method
+from kdrun.nonfinite import FiniteGuard, Reaction
 from kdrun.outputs import Batch, ModelOutput, Progress
 from kdrun.tasks.task import Task
 from kdrun.term_sums import TermSums
@@ -40,6 +41,7 @@ class Optimization:
         accumulate: parts into which each batch is cut before one optimiser step.
         clip_norm: largest norm of a network's gradient; None: not clipped.
         ema_decay: decay per step of the averaged student that is evaluated; None: no average.
+        nonfinite: what a loss or gradient that is not finite does: stop, or skip the update.
     """
 
     optimizer: Callable[[Sequence[nn.Parameter]], Optimizer]
@@ -47,6 +49,7 @@ class Optimization:
     accumulate: int = 1
     clip_norm: float | None = None
     ema_decay: float | None = None
+    nonfinite: Reaction = "stop"
 
 
 class Distiller(LightningModule):
@@ -146,7 +149,7 @@ class Distiller(LightningModule):
     def _forward_views(self, network: nn.Module, taps: Taps | None, batch: Batch) -> ModelOutput:
         output = self._forward_tapped(network, taps, batch)
         for name in self._views:
-            view = Batch(batch.views[name], batch.target, batch.index, batch.mask)
+            view = replace(batch, inputs=batch.views[name], views={})
             output.views[name] = self._forward_tapped(network, taps, view)
         return output
 
@@ -185,6 +188,7 @@ class Distiller(LightningModule):
             [p for group in optimizer.param_groups for p in group["params"]]
             for optimizer in self._optimizers
         ]
+        self.guard = FiniteGuard(self, self.optimization.nonfinite, self._trained_parameters)
 
     def training_step(self, block: list[Batch], block_index: int) -> None:
         """Take the optimiser steps of one block of batches."""
@@ -200,11 +204,14 @@ class Distiller(LightningModule):
 
     def _step(self, batch: Batch) -> None:
         progress = self.progress()
+        self.guard.begin(batch)
         if self.method.irregular:
             terms = self.method.step(StepEngine(self), self.method.augment(batch), progress)
-            self.sums.add(terms, {}, self.method.take_recorded())
+            counted = self.guard.accepts(terms)
+            self.sums.add(terms, {}, self.method.take_recorded(), counted=counted)
         else:
             self._regular_step(batch, progress)
+        self.guard.end()
         for scheduler in self._schedulers:
             scheduler.step()
         if self.average is not None:
@@ -216,25 +223,32 @@ class Distiller(LightningModule):
 
     def _regular_step(self, batch: Batch, progress: Progress) -> None:
         for part in self._parts(batch):
-            part = self.method.augment(part)
-            teachers = {role: self.forward(role, part) for role in self._cast if role != STUDENT}
-            student = self.forward(STUDENT, part)
-            terms = self.method.losses(student, teachers, part, progress)
+            terms = self._terms(part, progress)
             weights = self.method.weights(progress)
             if self.step_count == 0 and not self.gradient_shares:
                 self.gradient_shares = self._measure_gradients(terms, weights)
             share = self._share_of_step(part, batch)
-            loss = self.sums.add(terms, weights, self.method.take_recorded(), share)
+            counted = self.guard.accepts(terms)
+            recorded = self.method.take_recorded()
+            loss = self.sums.add(terms, weights, recorded, share, counted=counted)
+            self.guard.watch(loss, terms, part)
             self._backward(loss)
         self._update(range(len(self._optimizers)))
 
+    def _terms(self, part: Batch, progress: Progress) -> Mapping[str, Tensor]:
+        part = self.method.augment(part)
+        teachers = {role: self.forward(role, part) for role in self._cast if role != STUDENT}
+        return self.method.losses(self.forward(STUDENT, part), teachers, part, progress)
+
     def _update(self, which: Sequence[int]) -> None:
+        norm = None
         for number in which:
             if self.optimization.clip_norm is not None:
-                nn.utils.clip_grad_norm_(
+                norm = nn.utils.clip_grad_norm_(
                     self._trained_parameters[number], self.optimization.clip_norm
                 )
-            self._optimizers[number].step()
+            if self.guard.permits(number, norm):
+                self._optimizers[number].step()
             self._optimizers[number].zero_grad(set_to_none=True)
 
     def _backward(self, loss: Tensor) -> None:
@@ -263,6 +277,22 @@ class Distiller(LightningModule):
         self, terms: Mapping[str, Tensor], weights: Mapping[str, float]
     ) -> dict[str, float]:
         """Share of each weighted term in the sum of their gradient norms at what is trained."""
+        norms = self._gradient_norms(terms, weights)
+        total = sum(norms.values())
+        return {name: norm / total if total > 0 else 0.0 for name, norm in norms.items()}
+
+    def gradient_norms(self, batch: Batch) -> dict[str, float]:
+        """Norm of each weighted term's gradient on a batch, by another pass over it."""
+        progress, norms = self.progress(), dict[str, float]()
+        for part in self._parts(batch):
+            terms = self._terms(part, progress)
+            found = self._gradient_norms(terms, self.method.weights(progress))
+            norms = {name: norms.get(name, 0.0) + norm for name, norm in found.items()}
+        return norms
+
+    def _gradient_norms(
+        self, terms: Mapping[str, Tensor], weights: Mapping[str, float]
+    ) -> dict[str, float]:
         parameters = [p for p in self.networks.parameters() if p.requires_grad]
         norms = {}
         for name, term in terms.items():
@@ -274,8 +304,7 @@ class Distiller(LightningModule):
             present = [g for g in gradients if g is not None]
             norm = torch.stack([g.norm() for g in present]).norm() if present else torch.zeros(())
             norms[name] = abs(weights.get(name, 1.0)) * float(norm)
-        total = sum(norms.values())
-        return {name: norm / total if total > 0 else 0.0 for name, norm in norms.items()}
+        return norms
 
     # -- evaluation ----------------------------------------------------------------------------
 
@@ -310,6 +339,7 @@ class Distiller(LightningModule):
             "step_count": self.step_count,
             "sums": self.sums.state_dict(),
             "gradient_shares": self.gradient_shares,
+            "skipped_steps": self.guard.skipped,
             "seconds_in_steps": self.seconds_in_steps,
         }
 
@@ -323,6 +353,7 @@ class Distiller(LightningModule):
         self.step_count = state["step_count"]
         self.sums.load_state_dict(state["sums"], self.device)
         self.gradient_shares = state["gradient_shares"]
+        self.guard.skipped = state["skipped_steps"]
         self.seconds_in_steps = state["seconds_in_steps"]
 
 
@@ -343,6 +374,7 @@ class StepEngine:
         for role in roles:
             if role not in order:
                 raise UserError(f"{role} is frozen: it has no optimiser")
+        distiller.guard.watch(loss, {f"of {' and '.join(roles)}": loss})
         distiller._backward(loss)
         distiller._update([order.index(role) for role in roles])
         # What the loss left in networks that were not asked for must not reach their next step.

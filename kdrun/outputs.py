@@ -23,6 +23,8 @@ class Batch:
         index: ``(B,)`` the stable number of each sample in its data set.
         mask: positions that count, the shape of the logits without the class axis; None: all do.
         views: further views of the same samples by name, for methods that declare them.
+        augmentation: number of the random augmentation that the inputs show; with ``index`` it
+            names them.
     """
 
     inputs: Any
@@ -30,6 +32,7 @@ class Batch:
     index: Tensor
     mask: Tensor | None = None
     views: dict[str, Any] = field(default_factory=dict)
+    augmentation: int = 0
 
     def __len__(self) -> int:
         return self.index.shape[0]
@@ -43,7 +46,14 @@ class Batch:
             return value[rows]
 
         mask = None if self.mask is None else self.mask[rows]
-        return Batch(cut(self.inputs), self.target[rows], self.index[rows], mask, cut(self.views))
+        return Batch(
+            cut(self.inputs),
+            self.target[rows],
+            self.index[rows],
+            mask,
+            cut(self.views),
+            self.augmentation,
+        )
 
 
 @dataclass(slots=True)

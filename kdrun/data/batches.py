@@ -119,6 +119,10 @@ class BatchMaker:
             self._order = (epoch, self.options.order(self.size, epoch))
         return self._order[1]
 
+    def augmentation(self, epoch: int) -> int:
+        """The number that batches of an epoch carry as ``Batch.augmentation``."""
+        return self.options.augmentation(epoch)[1]
+
     def span(self, position: int) -> Span:
         """Which places of the epoch's order this rank needs for batch ``position``.
 
@@ -155,7 +159,8 @@ class BatchMaker:
                 draws = {key: span.cut(value) for key, value in plan.draws[name].items()}
                 images = augmentation.apply(images, draws)
             views[name] = self.finish(images)
-        batch = Batch(views.pop(INPUTS), target, index, views=views)
+        number = self.augmentation(plan.epoch)
+        batch = Batch(views.pop(INPUTS), target, index, views=views, augmentation=number)
         if self.mix is None:
             return batch
         words = (self.options.seed, plan.epoch, MIXING, position)
@@ -176,7 +181,8 @@ class BatchMaker:
         for name, augmentation in self.changes.items():
             if augmentation is not None:
                 # Named by content, so that a view's draws do not depend on which others are asked.
-                words = (self.options.seed, epoch, AUGMENTATION, zlib.crc32(name.encode()))
+                named = self.options.augmentation(epoch)
+                words = (*named, AUGMENTATION, zlib.crc32(name.encode()))
                 drawn = augmentation.draw(self.size, self.shape, stream(*words))
                 draws[name] = {key: value[order].to(device) for key, value in drawn.items()}
         return Plan(epoch, order.to(device), draws)

@@ -37,6 +37,18 @@ class Loader(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class AugmentationCycle:
+    """Few augmentations, taken in turn, where every epoch would have its own.
+
+    Epoch ``e`` is augmented as a loader with ``seed`` augments epoch ``e % length``; the order of
+    the samples still differs in every epoch.
+    """
+
+    seed: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
 class LoaderOptions:
     """How a split is to be served; what it holds is the data set's business.
 
@@ -52,6 +64,7 @@ class LoaderOptions:
         drop_last: leave out a last batch that is not full.
         dtype: of the inputs.
         channels_last: memory format of image inputs.
+        cycle: which augmentations are used; None: those of ``seed``, another in every epoch.
     """
 
     batch_size: int
@@ -65,6 +78,13 @@ class LoaderOptions:
     drop_last: bool = False
     dtype: torch.dtype = torch.float32
     channels_last: bool = False
+    cycle: AugmentationCycle | None = None
+
+    def augmentation(self, epoch: int) -> tuple[int, int]:
+        """Seed and number of the augmentation of an epoch."""
+        if self.cycle is None:
+            return self.seed, epoch
+        return self.cycle.seed, epoch % self.cycle.length
 
     def batches(self, size: int) -> int:
         """Batches in an epoch of ``size`` samples; the last may be short unless it is dropped."""

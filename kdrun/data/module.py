@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kdrun.data.batches import Preprocessing
-from kdrun.data.loader import Loader, LoaderOptions
+from kdrun.data.loader import AugmentationCycle, Loader, LoaderOptions
 from kdrun.data.splits import stratified
 from kdrun.errors import UserError
 from kdrun.parameters import checked_constructor
@@ -151,6 +151,7 @@ class DataModule(ABC):
         drop_last: bool = False,
         dtype: torch.dtype = torch.float32,
         channels_last: bool = False,
+        cycle: AugmentationCycle | None = None,
     ) -> Loader:
         """The training split; the arguments are those of ``LoaderOptions``.
 
@@ -176,6 +177,7 @@ class DataModule(ABC):
             drop_last=drop_last,
             dtype=dtype,
             channels_last=channels_last,
+            cycle=cycle,
         )
         return self.loader("train", options)
 

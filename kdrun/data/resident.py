@@ -111,6 +111,7 @@ class ResidentLoader:
         stored = self._inputs.index_select(0, rows)
         target, index = self._target.index_select(0, rows), self._index.index_select(0, rows)
         if self._ready:
-            return Batch(self._maker.arrange(stored), target, index)
+            number = self._maker.augmentation(epoch)
+            return Batch(self._maker.arrange(stored), target, index, augmentation=number)
         everywhere = dict.fromkeys(self._maker.changes, stored)
         return self._maker.make(everywhere, target, index, plan, position)

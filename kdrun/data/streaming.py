@@ -185,8 +185,7 @@ class _Crops(Dataset):
     def __init__(
         self, samples: StreamedSamples, options: LoaderOptions, views: tuple[str, ...]
     ) -> None:
-        self.samples, self.seed, self.augment = samples, options.seed, options.augment
-        self.views = views
+        self.samples, self.options, self.views = samples, options, views
 
     def __getitems__(self, places: list[tuple[int, int]]) -> tuple[dict, Tensor, Tensor] | str:
         """Crops by view ``(B, C, H, W)`` uint8, targets and indices; or what went wrong.
@@ -200,7 +199,8 @@ class _Crops(Dataset):
                 index = int(self.samples.index[row])
                 image = decode(self.samples.source, index, shape[1])
                 for name in self.views:
-                    words = (self.seed, epoch, CROP, zlib.crc32(name.encode()), index)
+                    named = self.options.augmentation(epoch)
+                    words = (*named, CROP, zlib.crc32(name.encode()), index)
                     crops[name][number] = to_array(self._crop(image, words))
         except UserError as error:
             return str(error)
@@ -213,7 +213,7 @@ class _Crops(Dataset):
         from torchvision.transforms.v2 import functional
 
         geometry = self.samples.geometry
-        if not self.augment or geometry.crop_scale is None:
+        if not self.options.augment or geometry.crop_scale is None:
             return resize_and_crop(image, geometry.resize, geometry.size)
         # torchvision draws from the global generator, which is left as it was.
         with torch.random.fork_rng(devices=[]):

@@ -5,7 +5,7 @@ import torch
 
 from kdrun.data.augment import Augmentation, Mix
 from kdrun.data.batches import Preprocessing
-from kdrun.data.loader import LoaderOptions
+from kdrun.data.loader import AugmentationCycle, LoaderOptions
 from kdrun.data.normalise import Normalisation
 from kdrun.data.resident import Samples
 from kdrun.outputs import Batch
@@ -103,6 +103,27 @@ def test_how_a_sample_is_augmented_does_not_depend_on_the_batch_size(samples):
         joined(epoch(loader(samples, batch_size=25), 1)),
     )
     assert_same(small, large)
+
+
+def test_a_cycle_repeats_augmentations_in_other_orders(samples):
+    """Epoch e shows every sample as epoch e mod length of a loader with the cycle's seed."""
+    cycling = loader(samples, seed=1, cycle=AugmentationCycle(seed=7, length=2))
+    plain = loader(samples, seed=7, shuffle=False)
+    for number in range(5):
+        seen = joined(epoch(cycling, number))
+        assert {batch.augmentation for batch in epoch(cycling, number)} == {number % 2}
+        assert torch.equal(seen.index, joined(epoch(loader(samples, seed=1), number)).index)
+        expected = joined(epoch(plain, number % 2))
+        rows = seen.index - 100
+        assert torch.equal(seen.inputs, expected.inputs[rows])
+        assert torch.equal(seen.views["strong"], expected.views["strong"][rows])
+
+
+def test_a_batch_carries_the_number_of_its_augmentation(samples):
+    for options in ({}, {"augment": False, "views": ()}, {"mix": Mix(mixup=1.0)}):
+        batches = epoch(loader(samples, **options), 3)
+        assert {batch.augmentation for batch in batches} == {3}
+        assert batches[0].rows(slice(2)).augmentation == 3
 
 
 def test_a_view_does_not_depend_on_which_views_are_asked_for(samples):

@@ -10,6 +10,7 @@ from torchvision.transforms import v2
 
 from kdrun.data.augment import Augmentation, Mix
 from kdrun.data.images import Images
+from kdrun.data.loader import AugmentationCycle
 from kdrun.data.seeding import stream_seed
 from kdrun.data.streaming import CROP
 
@@ -112,3 +113,21 @@ def test_grey_palette_and_transparent_files_become_colour(class_folders):
         (class_folders / "test" / "cat" / f"{number}.png").write_bytes(buffer.getvalue())
     (batch,) = folder_set(class_folders).test(batch_size=100, device="cpu")
     assert batch.inputs.shape == (12, 3, 12, 12)
+
+
+def test_a_cycle_repeats_augmentations(class_folders):
+    module = folder_set(class_folders)
+    cycling = module.train(
+        batch_size=24,
+        seed=3,
+        device="cpu",
+        views=("strong",),
+        cycle=AugmentationCycle(seed=2, length=2),
+    )
+    plain = module.train(batch_size=24, seed=2, device="cpu", views=("strong",), shuffle=False)
+    (seen,), (expected,) = epoch(cycling, 5), epoch(plain, 1)
+    order = expected.index.argsort()[seen.index.argsort().argsort()]
+    assert seen.augmentation == 1
+    assert torch.equal(seen.index, expected.index[order])
+    assert torch.equal(seen.inputs, expected.inputs[order])
+    assert torch.equal(seen.views["strong"], expected.views["strong"][order])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -74,7 +75,7 @@ class Mix:
         if self.target == "soft":
             one_hot = torch.nn.functional.one_hot(batch.target, num_classes).to(torch.float32)
             target = one_hot[1:] * share + one_hot[:-1] * (1 - share)
-        return Batch(inputs, target, mine.index, mine.mask, mine.views)
+        return replace(mine, inputs=inputs, target=target)
 
     def __repr__(self) -> str:
         options = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
