@@ -296,7 +296,7 @@ def _table(line: CommandLine) -> int:
 def _report(line: CommandLine) -> int:
     from kdrun.report.command import main
 
-    return main(line.words)
+    return main(line.words, line.catalogue())
 
 
 def _one_run(line: CommandLine, verb: str, more: bool = False) -> str:
@@ -338,7 +338,9 @@ VERBS = {
     ),
     "diff": Verb(_diff, "RUN RUN", "config and results of two runs side by side"),
     "table": Verb(_table, "NAME", "run and print a table of methods and seeds", "kdrun.table"),
-    "report": Verb(_report, "DIR", "tables and curves of finished runs", "kdrun.report.command"),
+    "report": Verb(
+        _report, "TABLE|DIR", "tables and curves of finished runs", "kdrun.report.command"
+    ),
     "doctor": Verb(_doctor, "", "versions, extras, hardware: what a bug report needs"),
     "complete": Verb(_complete),
 }

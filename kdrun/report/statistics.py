@@ -51,13 +51,15 @@ def mean_and_std(values: Sequence[float]) -> tuple[float, float | None]:
         raise ValueError("no values")
     # Exact: equal numbers have that mean, and no deviation at all.
     mean = float(statistics.mean(values))
-    return mean, statistics.stdev(values) if len(values) > 1 else None
+    if len(values) == 1:
+        return mean, None
+    return mean, statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def one_sample(values: Sequence[float], alternative: Alternative = "two-sided") -> Test:
     """Student's t-test of the mean against zero."""
     mean, std = mean_and_std(values)
-    if not std:
+    if not std or not math.isfinite(std):
         return Test(mean, None, None, len(values))
     from scipy import stats
 
@@ -88,7 +90,7 @@ def paired(
         return Test(math.nan, None, None, 0)
     mean, std = mean_and_std(differences)
     largest = max(abs(value) for seed in seeds for value in (first[seed], second[seed]))
-    if std is None or std <= RESOLUTION * largest:
+    if std is None or not std > RESOLUTION * largest or not math.isfinite(std):
         return Test(mean, None, None, len(differences))
     if test == "t":
         return one_sample(differences, alternative)

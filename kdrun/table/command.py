@@ -12,9 +12,13 @@ from kdrun.browse import columns, ls
 from kdrun.catalogue import Catalogue
 from kdrun.clock import clock
 from kdrun.errors import Interrupted, UserError
+from kdrun.files import write_atomically
+from kdrun.report.formats import ENDINGS, FORMATS
+from kdrun.report.results import Results
 from kdrun.table.cells import Cell
 from kdrun.table.progress import Board, State, epochs_left, last_error_line
-from kdrun.table.request import read_request
+from kdrun.table.request import Request, read_request
+from kdrun.table.results import results_of_table
 from kdrun.table.views import Grid, Lines
 from kdrun.table.work import runner, work
 from kdrun.table.workers import chosen_cells, start_workers
@@ -67,7 +71,17 @@ def main(words: Sequence[str], flags: Sequence[str], catalogue: Catalogue) -> in
     view.close()
     board.refresh()
     print(summary(board, title, flags))
+    results = results_of_table(request, catalogue)
+    print(f"\n{FORMATS['text'](results)}\n\n{write_all(results, request)}")
     return 0 if len(board.of(State.DONE)) == len(cells) else 1
+
+
+def write_all(results: Results, request: Request) -> str:
+    """Write the table in every format beside the runs; returns where."""
+    for name, spell in FORMATS.items():
+        write_atomically(request.folder / f"table.{ENDINGS[name]}", spell(results))
+    endings = ",".join(ENDINGS.values())
+    return f"{request.folder}/table.{{{endings}}}"
 
 
 def dry_run(board: Board, title: str) -> str:

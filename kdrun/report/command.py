@@ -1,0 +1,132 @@
+"""``kdrun report``: tables of finished runs, from their directories alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kdrun.catalogue import Catalogue, listing, nearest
+from kdrun.errors import UserError
+from kdrun.files import write_atomically
+from kdrun.report.formats import FORMATS
+from kdrun.report.results import Results, results_of_runs
+from kdrun.report.runs import find_runs, read_runs
+
+CHOICES = {
+    "format": tuple(FORMATS),
+    "epoch": ("last", "best"),
+    "test": ("t", "wilcoxon"),
+    "direction": ("max", "min"),
+}
+"""Options that take one of a few values."""
+
+FREE = ("out", "metric", "baseline")
+"""Options that take any text."""
+
+OF_RUNS = ("metric", "direction", "baseline")
+"""Options that only directories take: a table's file says them."""
+
+
+@dataclass
+class Options:
+    """What is asked of a report.
+
+    Attributes:
+        targets: the name of a table, or directories of runs.
+        html: whether a page is wanted.
+        given: options of the report by name.
+        words: what is left: options of a table.
+    """
+
+    targets: list[str] = field(default_factory=list)
+    html: bool = False
+    given: dict[str, str] = field(default_factory=dict)
+    words: list[str] = field(default_factory=list)
+
+
+def main(words: Sequence[str], catalogue: Catalogue) -> int:
+    """Do what ``kdrun report <words>`` asks for; returns the exit status.
+
+    Raises:
+        UserError: something the user can mend.
+    """
+    options = read_options(words)
+    results = read_results(options, catalogue)
+    written = FORMATS[options.given.get("format", "text")](results)
+    if "out" in options.given:
+        path = Path(options.given["out"]).expanduser()
+        write_atomically(path, written)
+        print(path)
+    else:
+        print(written.rstrip("\n"))
+    return 0
+
+
+def read_options(words: Sequence[str]) -> Options:
+    """Take the words of the command apart.
+
+    Raises:
+        UserError: a word is not one that reports know.
+    """
+    options = Options()
+    for word in words:
+        key, equals, value = word.partition("=")
+        if word == "--html":
+            options.html = True
+        elif word.startswith("-"):
+            raise UserError(f"{word}: no such flag (flags of a report: --html)")
+        elif not equals:
+            options.targets.append(word)
+        elif key in CHOICES and value not in CHOICES[key]:
+            meant = nearest(value, CHOICES[key])
+            hint = f" Did you mean {meant}?" if meant else ""
+            raise UserError(f"{word}: no such {key}.{hint} ({key}: {', '.join(CHOICES[key])})")
+        elif key in CHOICES or key in FREE:
+            options.given[key] = value
+        else:
+            options.words.append(word)
+    if not options.targets:
+        raise UserError(
+            "report takes the name of a table or directories of runs: kdrun report outputs"
+        )
+    return options
+
+
+def read_results(options: Options, catalogue: Catalogue) -> Results:
+    """The results that are asked for.
+
+    Raises:
+        UserError: there is no such table or directory, or options do not go together.
+    """
+    name, *more = options.targets
+    if name in catalogue.choices("table"):
+        if more:
+            raise UserError(f"{name} is a table; a report shows one at a time, without {more[0]}")
+        refused = [key for key in OF_RUNS if key in options.given]
+        if refused:
+            raise UserError(f"{refused[0]}: the table {name} says this itself")
+        return _of_table(name, options, catalogue)
+    if options.words:
+        key = options.words[0].partition("=")[0]
+        known = listing([*CHOICES, *FREE])
+        raise UserError(f"{options.words[0]}: no such option of a report: {key} (options: {known})")
+    places = [Path(target).expanduser() for target in options.targets]
+    if not places[0].exists():
+        meant = nearest(name, catalogue.choices("table"))
+        hint = f" Did you mean the table {meant}?" if meant else ""
+        raise UserError(f"{name}: neither a table nor a directory.{hint} (kdrun ls tables)")
+    given: dict[str, Any] = {k: v for k, v in options.given.items() if k not in ("format", "out")}
+    return results_of_runs(read_runs(find_runs(places)), title=" ".join(options.targets), **given)
+
+
+def _of_table(name: str, options: Options, catalogue: Catalogue) -> Results:
+    from kdrun.table.request import read_request
+    from kdrun.table.results import results_of_table
+
+    request = read_request([name, *options.words])
+    if request.launcher or request.fail_fast:
+        raise UserError("a report runs nothing: launcher and fail_fast belong to kdrun table")
+    given: dict[str, Any] = {k: v for k, v in options.given.items() if k in ("epoch", "test")}
+    return results_of_table(request, catalogue, **given)

@@ -1,0 +1,339 @@
+"""Tables of results as text, Markdown, CSV, LaTeX and JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from kdrun.clock import clock
+from kdrun.report.results import NOT_RUN, Entry, Results
+
+SHRUNK = "profile={profile}: shrunken runs that only show that everything works; not results"
+PROTOCOLS = {
+    "holdout": "protocol=holdout: validation data held out of training, test data used once",
+    "paper": "protocol=paper: all training data, test data seen at every epoch",
+}
+EPOCHS = {"last": "weights of the last epoch", "best": "weights of the best epoch on validation"}
+TESTS = {"t": "paired t-test over seeds", "wilcoxon": "Wilcoxon's signed-rank test over seeds"}
+
+
+def text(results: Results) -> str:
+    """For a terminal: a block of lines for each column of the table."""
+    parts = ["\n".join([_heading(results), *_notes(results)])]
+    for column in results.columns:
+        entries = [results.cells[row, column] for row in results.rows]
+        header = ["", entries[0].metric, "n", *_titles(entries), "trained in"]
+        shown = _published(entries), _tested(entries)
+        rows = [header]
+        for entry in entries:
+            optional = [part for part, wanted in zip(_beside(entry), shown, strict=True) if wanted]
+            rows.append(
+                [
+                    entry.row,
+                    value(entry),
+                    count(entry),
+                    *(cell for part in optional for cell in part),
+                    clock(entry.seconds) if entry.seconds else "",
+                ]
+            )
+        parts.append(f"{column}\n{aligned(rows)}")
+    return "\n\n".join(parts)
+
+
+def markdown(results: Results) -> str:
+    """An overview of means, and a table of all that is known of every cell."""
+    lines = [f"# {_markdown(_heading(results))}", ""]
+    lines += [f"- {_markdown(note)}" for note in _notes(results)]
+    matrix = _matrix(results, bold="**{}**".format, escape=_markdown)
+    lines += ["", *_markdown_rows(matrix, align="l" + "r" * len(results.columns))]
+    lines += ["", "## Details", ""]
+    details = [list(map(_markdown, row)) for row in _details(results)]
+    lines += _markdown_rows(details, align="llrrrrrr")
+    return "\n".join(lines) + "\n"
+
+
+def latex(results: Results) -> str:
+    """Two tables for the package booktabs: the overview and the details."""
+    notes = " ".join(f"{_latex(note)}." for note in _notes(results))
+    matrix = _matrix(results, bold=r"\textbf{{{}}}".format, escape=_latex)
+    details = [[_latex(cell) for cell in row] for row in _details(results)]
+    return "\n".join(
+        [
+            "% needs \\usepackage{booktabs}",
+            *_latex_rows(matrix, "l" + "r" * len(results.columns)),
+            f"% {_heading(results)}",
+            *(f"% {note}" for note in _notes(results)),
+            "",
+            *_latex_rows(details, "llrrrrrr"),
+            f"\\par\\smallskip\\footnotesize {notes}",
+            "",
+        ]
+    )
+
+
+FIELDS = (
+    *("table", "profile", "column", "row", "network", "metric", "direction", "epoch", "protocol"),
+    *("mean", "std", "n", "wanted", "missing", "published", "difference", "source"),
+    *("baseline", "test", "pairs", "mean_difference", "statistic", "p_value", "p_holm"),
+    *("training_seconds", "seeds"),
+)
+"""Columns of the CSV file and keys of the JSON document."""
+
+
+def as_csv(results: Results) -> str:
+    """One line per cell."""
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, FIELDS, lineterminator="\n", extrasaction="ignore")
+    writer.writeheader()
+    for record in _records(results):
+        flat = record | {"seeds": " ".join(map(str, record["seeds"]))}
+        writer.writerow({key: "" if value is None else value for key, value in flat.items()})
+    return stream.getvalue()
+
+
+def as_json(results: Results) -> str:
+    """Everything, with the result and the directory of every run."""
+    document = {
+        "title": results.title,
+        "description": results.description,
+        "profile": results.profile or None,
+        "epoch": results.epoch,
+        "protocols": results.protocols,
+        "rows": list(results.rows),
+        "columns": list(results.columns),
+        "cells": _records(results),
+    }
+    return json.dumps(_without_nan(document), indent=2, ensure_ascii=False) + "\n"
+
+
+FORMATS: dict[str, Callable[[Results], str]] = {
+    "text": text,
+    "markdown": markdown,
+    "csv": as_csv,
+    "latex": latex,
+    "json": as_json,
+}
+ENDINGS = {"text": "txt", "markdown": "md", "csv": "csv", "latex": "tex", "json": "json"}
+
+
+# -- parts of cells --------------------------------------------------------------------------------
+
+
+def digits(entry: Entry) -> int:
+    """Decimals with which a cell's numbers are shown."""
+    known = [abs(v) for v in (entry.mean, entry.published) if v is not None and math.isfinite(v)]
+    largest = max(known, default=100.0)
+    return 2 if largest >= 10 else 3 if largest >= 1 else 4
+
+
+def value(entry: Entry) -> str:
+    """``71.25 ± 0.21``, the mean alone for one run, or why there is none."""
+    if entry.mean is None:
+        return "–" if entry.missing == NOT_RUN else entry.missing
+    places = digits(entry)
+    spread = "" if entry.std is None else f" ± {entry.std:.{places}f}"
+    return f"{entry.mean:.{places}f}{spread}"
+
+
+def count(entry: Entry) -> str:
+    """``3``, or ``2 of 3`` where runs are missing."""
+    if entry.wanted is not None and 0 < entry.n < entry.wanted:
+        return f"{entry.n} of {entry.wanted}"
+    return str(entry.n) if entry.n else ""
+
+
+def published(entry: Entry) -> str:
+    """The published number."""
+    return "" if entry.published is None else f"{entry.published:.{digits(entry)}f}"
+
+
+def difference(entry: Entry) -> str:
+    """Our mean minus the published number, with its sign."""
+    return "" if entry.difference is None else f"{entry.difference:+.{digits(entry)}f}"
+
+
+def p_value(entry: Entry) -> str:
+    """The p-value of the test against the baseline; ``?`` where the runs decide nothing."""
+    if entry.test is None or not entry.test.n:
+        return ""
+    if entry.test.p_value is None:
+        return "?"
+    return "<0.001" if entry.test.p_value < 0.001 else f"{entry.test.p_value:.3f}"
+
+
+def _beside(entry: Entry) -> tuple[list[str], list[str]]:
+    return [published(entry), difference(entry)], [p_value(entry)]
+
+
+def _titles(entries: Sequence[Entry]) -> list[str]:
+    titles = ["published", "difference"] if _published(entries) else []
+    if _tested(entries):
+        titles.append(f"p against {next(entry.baseline for entry in entries if entry.test)}")
+    return titles
+
+
+def _published(entries: Iterable[Entry]) -> bool:
+    return any(entry.published is not None for entry in entries)
+
+
+def _tested(entries: Iterable[Entry]) -> bool:
+    return any(entry.test for entry in entries)
+
+
+# -- parts of tables -------------------------------------------------------------------------------
+
+
+def _heading(results: Results) -> str:
+    return f"{results.title}: {results.description}" if results.description else results.title
+
+
+def _notes(results: Results) -> list[str]:
+    notes = [SHRUNK.format(profile=results.profile)] if results.profile else []
+    notes += [PROTOCOLS[name] for name in results.protocols]
+    better = {e.metric: "larger" if e.direction == "max" else "smaller" for e in results.entries}
+    metrics = ", ".join(f"{metric} ({side} is better)" for metric, side in better.items())
+    notes.append(f"test {metrics}: mean ± standard deviation over n runs; {EPOCHS[results.epoch]}")
+    if _tested(results.entries):
+        notes.append(f"p: {TESTS[results.test]}, two-sided, not corrected; ?: cannot be decided")
+    notes += [f"published: {source}" for source in results.sources]
+    return notes
+
+
+def _matrix(
+    results: Results, bold: Callable[[str], str], escape: Callable[[str], str]
+) -> list[list[str]]:
+    """Means of all cells with the number of runs and the published number behind them."""
+    matrix = [["", *map(escape, results.columns)]]
+    best = {column: results.best(column) for column in results.columns}
+    for row in results.rows:
+        line = [escape(row)]
+        for column in results.columns:
+            entry = results.cells[row, column]
+            cell = escape(value(entry))
+            if entry.network == "distilled" and entry.mean is not None:
+                cell = bold(cell) if entry.mean == best[column] else cell
+            paper = f" [{published(entry)}]" if entry.published is not None else ""
+            runs = f" ({count(entry)})" if entry.n else ""
+            line.append(f"{cell}{runs}{paper}")
+        matrix.append(line)
+    return matrix
+
+
+def _details(results: Results) -> list[list[str]]:
+    rows = [["column", "row", "ours", "n", "published", "difference", "p", "trained in"]]
+    for column in results.columns:
+        for row in results.rows:
+            entry = results.cells[row, column]
+            rows.append(
+                [
+                    column,
+                    row,
+                    value(entry),
+                    count(entry),
+                    published(entry),
+                    difference(entry),
+                    p_value(entry),
+                    clock(entry.seconds) if entry.seconds else "",
+                ]
+            )
+    return rows
+
+
+def _records(results: Results) -> list[dict[str, Any]]:
+    records = []
+    for entry in results.entries:
+        test = entry.test
+        record = {
+            "table": results.title,
+            "profile": results.profile or None,
+            "column": entry.column,
+            "row": entry.row,
+            "network": entry.network,
+            "metric": entry.metric,
+            "direction": entry.direction,
+            "epoch": results.epoch,
+            "protocol": " ".join(entry.protocols) or None,
+            "mean": entry.mean,
+            "std": entry.std,
+            "n": entry.n,
+            "wanted": entry.wanted,
+            "missing": entry.missing or None,
+            "published": entry.published,
+            "difference": entry.difference,
+            "source": entry.source if entry.published is not None else None,
+            "baseline": entry.baseline if test else None,
+            "test": results.test if test else None,
+            "pairs": test.n if test else None,
+            "mean_difference": test.estimate if test and test.n else None,
+            "statistic": test.statistic if test else None,
+            "p_value": test.p_value if test else None,
+            "p_holm": entry.adjusted,
+            "training_seconds": entry.seconds,
+            "seeds": sorted(entry.values),
+            "runs": [
+                {"seed": run.seed, "value": entry.values[run.seed], "directory": str(run.directory)}
+                for run in entry.runs
+            ],
+        }
+        records.append(record)
+    return records
+
+
+# -- spelling --------------------------------------------------------------------------------------
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as aligned columns: the first to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+def _markdown_rows(rows: Sequence[Sequence[str]], align: str) -> list[str]:
+    rule = ["---:" if align[i] == "r" else "---" for i in range(len(rows[0]))]
+    return [f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:])]
+
+
+def _latex_rows(rows: Sequence[Sequence[str]], align: str) -> list[str]:
+    head, *body = [" & ".join(row) + r" \\" for row in rows]
+    begin, end = f"\\begin{{tabular}}{{{align}}}", "\\end{tabular}"
+    return [begin, "\\toprule", head, "\\midrule", *body, "\\bottomrule", end]
+
+
+def _markdown(cell: str) -> str:
+    return "".join(f"\\{letter}" if letter in "|<*`" else letter for letter in cell)
+
+
+LATEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+    "–": "--",
+    "<": "$<$",
+    ">": "$>$",
+    "→": r"$\rightarrow$",
+    **{letter: f"\\{letter}" for letter in "&%$#_{}"},
+}
+
+
+def _latex(cell: str) -> str:
+    return "".join(LATEX.get(letter, letter) for letter in cell)
+
+
+def _without_nan(value: Any) -> Any:
+    """NaN and infinity, which JSON does not know, as None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return [_without_nan(item) for item in value] if isinstance(value, list) else value

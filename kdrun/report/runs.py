@@ -1,0 +1,186 @@
+"""Finished runs, read from their directories and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kdrun.errors import UserError
+
+RESULT = "result.json"
+NOT_RUNS = ("store", "tables", "sweeps")
+"""Folders below an output directory that hold no runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One finished run: the content of its ``result.json``.
+
+    Attributes:
+        directory: where it lies; its parent names the configuration.
+        names: the choice in each config group.
+        seed: of the student.
+        protocol: ``holdout`` or ``paper``.
+        metric: the task's objective; ``direction``: ``max`` or ``min`` of it is better.
+        command: what repeats the run.
+        seconds: wall time of the run.
+        artefacts: name of the artefact of each stage.
+        networks: facts of each network by role (``teacher``, ``alone``, ``distilled``).
+    """
+
+    directory: Path
+    names: Mapping[str, str]
+    seed: int
+    protocol: str
+    metric: str
+    direction: str
+    command: str
+    seconds: float
+    artefacts: Mapping[str, str]
+    networks: Mapping[str, Mapping[str, Any]]
+
+    def value(self, network: str, metric: str, epoch: str) -> float | None:
+        """A test result; None where the run has no such network.
+
+        Args:
+            network: its role.
+            metric: for example ``accuracy``.
+            epoch: ``last`` or ``best``; a teacher has but one.
+
+        Raises:
+            UserError: the run has no such metric.
+        """
+        values = self.results(network, epoch)
+        if values is None:
+            return None
+        if metric not in values:
+            known = ", ".join(values)
+            raise UserError(f"{self.directory}: no metric {metric} (metrics: {known})")
+        return values[metric]
+
+    def results(self, network: str, epoch: str) -> Mapping[str, float] | None:
+        """All test results of a network; None where the run has no such network."""
+        entry = self.networks.get(network)
+        if entry is None:
+            return None
+        return entry["test"] if "test" in entry else entry[f"test_{epoch}"]
+
+    def training_seconds(self, network: str) -> float | None:
+        """How long a network was trained; None where it was not trained by kdrun."""
+        entry = self.networks.get(network, {})
+        return entry.get("training", {}).get("seconds")
+
+    def words(self) -> list[str]:
+        """The overrides of its command, without flags."""
+        return [word for word in shlex.split(self.command)[1:] if "=" in word]
+
+
+def read_run(directory: Path) -> Run:
+    """The run in a directory.
+
+    Raises:
+        UserError: it is not finished, or its result is damaged.
+    """
+    path = directory / RESULT
+    try:
+        result = json.loads(path.read_bytes())
+        return Run(
+            directory=directory,
+            names=result["names"],
+            seed=result["seed"],
+            protocol=result["protocol"],
+            metric=result["metric"],
+            direction=result["direction"],
+            command=result["command"],
+            seconds=result["seconds"],
+            artefacts=result["artefacts"],
+            networks=result["networks"],
+        )
+    except FileNotFoundError:
+        raise UserError(f"{directory} is no finished run: it has no {RESULT}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"{path} is damaged: {reason}") from error
+
+
+def find_runs(places: Iterable[Path]) -> list[Path]:
+    """The directories of all finished runs in or below some directories, sorted.
+
+    Raises:
+        UserError: a place does not exist, or holds no finished run.
+    """
+    found: dict[Path, None] = {}
+    for place in places:
+        if not place.is_dir():
+            raise UserError(f"{place}: no such directory")
+        below = list(_below(place))
+        if not below:
+            raise UserError(f"{place}: no finished run in or below it")
+        found |= dict.fromkeys(sorted(below))
+    return list(found)
+
+
+def _below(place: Path) -> Iterator[Path]:
+    for folder, folders, files in os.walk(place):
+        if RESULT in files:
+            folders.clear()
+            yield Path(folder)
+        else:
+            folders[:] = [n for n in folders if n not in NOT_RUNS and not n.startswith(".")]
+
+
+def read_runs(directories: Iterable[Path]) -> list[Run]:
+    """The runs in some directories."""
+    return [read_run(directory) for directory in directories]
+
+
+def by_configuration(runs: Iterable[Run]) -> dict[Path, list[Run]]:
+    """Runs that differ by their seed only, together, in the order of their seeds."""
+    groups: dict[Path, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.directory.parent, []).append(run)
+    return {place: sorted(group, key=lambda run: run.seed) for place, group in groups.items()}
+
+
+def labels(groups: Sequence[Sequence[Run]]) -> list[tuple[str, str]]:
+    """A row and a column for each configuration of a set of runs.
+
+    The column is the data set and the pair of networks, the row the method. Where that leaves two
+    configurations in one place, rows also tell the overrides in which the configurations of that
+    method differ, and at last the fingerprint.
+    """
+    firsts = [group[0] for group in groups]
+    columns = [f"{r.names['dataset']} {r.names['teacher']}-{r.names['student']}" for r in firsts]
+    methods = [run.names["method"] for run in firsts]
+    words = [set(_telling(run)) for run in firsts]
+    rows = list(methods)
+    of_method: dict[str, list[int]] = {}
+    for i, method in enumerate(methods):
+        of_method.setdefault(method, []).append(i)
+    for method, members in of_method.items():
+        if len({columns[i] for i in members}) == len(members):
+            continue
+        common = set.intersection(*(words[i] for i in members))
+        for i in members:
+            rows[i] = " ".join([method, *sorted(words[i] - common)])
+    places = list(zip(rows, columns, strict=True))
+    configurations = Counter(places)
+    for i, place in enumerate(places):
+        if configurations[place] > 1:
+            rows[i] = f"{rows[i]} ({firsts[i].directory.parent.name.rpartition('-')[2]})"
+    return list(zip(rows, columns, strict=True))
+
+
+NOT_TOLD = ("method", "dataset", "teacher", "student", "seed", "output_dir", "rerun", "logger")
+"""Overrides that a row's label never tells: they stand elsewhere, or change no result."""
+
+
+def _telling(run: Run) -> list[str]:
+    pairs = ((word, word.partition("=")[0].lstrip("+")) for word in run.words())
+    return [word for word, key in pairs if key.removeprefix("model@") not in NOT_TOLD]
