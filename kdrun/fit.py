@@ -7,7 +7,6 @@ import io
 import itertools
 import logging
 import math
-import random
 import resource
 import sys
 import time
@@ -26,15 +25,25 @@ from kdrun.checkpoints import save_weights
 from kdrun.data.loader import Loader
 from kdrun.distiller import STUDENT, Distiller
 from kdrun.errors import UserError
-from kdrun.files import atomic_file, write_atomically
+from kdrun.files import write_atomically, write_json
 from kdrun.interruption import SignalWatch, Stopped
 from kdrun.logs import EpochRow, TrainingLog
+from kdrun.nonfinite import REPORT, NonFinite
 from kdrun.outputs import Batch
 from kdrun.tasks.task import Task
+from kdrun.training_state import (
+    CHECKPOINT,
+    PREVIOUS,
+    generator_states,
+    read_checkpoint,
+    restore_generators,
+    write_checkpoint,
+)
 
-CHECKPOINT = "last.ckpt"
 BLOCK = 32
 """Batches handed to the trainer at once; its own cost per hand-over is that of a small step."""
+SKIPPED = "skipped_steps"
+"""Column of the updates that an epoch left out; only where training.nonfinite is skip."""
 SIGNAL_EXCHANGE = 16
 """Steps between two exchanges of received signals among the ranks of a distributed run."""
 
@@ -93,9 +102,13 @@ def fit(
     Raises:
         Stopped: a signal came; the state is saved.
         UserError: the checkpoint belongs to another configuration or cannot be read.
+        NonFinite: a loss or gradient was not finite; ``nonfinite.json`` tells more, and the
+            checkpoint is from before.
     """
+    if distributed.rank() == 0:
+        (directory / REPORT).unlink(missing_ok=True)
     steps = len(train) if limit_batches is None else min(limit_batches, len(train))
-    saved = read_checkpoint(directory / CHECKPOINT, key)
+    saved = read_checkpoint(directory / CHECKPOINT, key, log.say)
     best = directory / f"{product}_best.safetensors"
     session = _Session(distiller, directory, best, key, log, watch, checkpoint_seconds, saved)
     trainer.callbacks.append(session)
@@ -105,11 +118,18 @@ def fit(
         with warnings.catch_warnings():
             # Lightning's remarks about loaders and its own dependencies are not the user's concern.
             warnings.filterwarnings("ignore", module="lightning")
-            trainer.fit(distiller, blocks, validation)
+            try:
+                trainer.fit(distiller, blocks, validation)
+            except NonFinite as error:
+                raise _reported(error, log, directory) from None
         distiller.cpu()
     else:
         distiller.load_state_dict(saved["state_dict"])
+    skipped = sum(row.get(SKIPPED, 0) for row in session.outcome.history)
+    if skipped:
+        log.say(f"{skipped:.0f} of {distiller.step_count} updates were left out: not finite")
     if distributed.rank() == 0:
+        (directory / PREVIOUS).unlink(missing_ok=True)
         save_weights(distiller.deployed(), directory / f"{product}.safetensors")
         for role, network in distiller.networks.items():
             if role != STUDENT:
@@ -208,7 +228,7 @@ class _Session(Callback):
         module.prepare_steps()
         if self.saved is not None:
             module.load_training_state(self.saved)
-            _restore_generators(self.saved["generators"])
+            restore_generators(self.saved["generators"])
             progress = trainer.fit_loop.epoch_progress.current
             progress.ready = progress.started = module.epoch
             progress.processed = progress.completed = module.epoch
@@ -239,6 +259,7 @@ class _Session(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, module: Distiller) -> None:
         """Report the epoch, keep the best weights, save."""
+        module.guard.check()
         row = self._row(trainer, module)
         history = self.outcome.history
         history.append(row)
@@ -254,7 +275,7 @@ class _Session(Callback):
         if distributed.rank() == 0:
             # Before the checkpoint: killed in between, the epoch is trained and written again.
             write_atomically(self.directory / "metrics.csv", _as_csv(history))
-        self.save()
+        self._write()
         if distributed.rank() == 0:
             self.reporter.epoch(row, module.epochs)
         received = max(distributed.gather_objects(self.watch.received))
@@ -267,6 +288,9 @@ class _Session(Callback):
         row: EpochRow = {"epoch": module.epoch + 1, "step": module.step_count}
         row["learning_rate"] = module._optimizers[0].param_groups[0]["lr"]
         row |= module.sums.read()
+        if module.guard.skips:
+            row[SKIPPED] = module.guard.skipped
+            module.guard.skipped = 0
         row |= {f"validation/{name}": value for name, value in module.validation.items()}
         row["seconds"] = seconds
         row["samples_per_second"] = samples / max(module.seconds_in_steps, 1e-9)
@@ -274,16 +298,19 @@ class _Session(Callback):
         return row
 
     def save(self) -> None:
-        """Write ``last.ckpt``; every rank takes part."""
+        """Write ``last.ckpt`` of sound weights; every rank takes part."""
+        self.distiller.guard.check()
+        self._write()
+
+    def _write(self) -> None:
         self.outcome.seconds = self._seconds_before + time.monotonic() - self._began
         state = self.distiller.training_state() | {
             "key": self.key,
-            "generators": distributed.gather_objects(_generator_states()),
+            "generators": distributed.gather_objects(generator_states()),
             "outcome": vars(self.outcome),
         }
         if distributed.rank() == 0:
-            with atomic_file(self.directory / CHECKPOINT) as file:
-                torch.save(state, file)
+            write_checkpoint(self.directory / CHECKPOINT, state)
         self._last_save = time.monotonic()
 
     def _stop(self, received: int) -> None:
@@ -291,24 +318,15 @@ class _Session(Callback):
         raise Stopped(received)
 
 
-def read_checkpoint(path: Path, key: str) -> dict[str, Any] | None:
-    """A saved training state, or None where there is none.
-
-    Raises:
-        UserError: the file cannot be read, or belongs to another configuration.
-    """
-    if not path.exists():
-        return None
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise UserError(
-            f"cannot read the checkpoint {path} ({reason}); remove it to start this training again"
-        ) from error
-    if state["key"] != key:
-        raise UserError(f"{path} belongs to another configuration; remove it to start again")
-    return state
+def _reported(error: NonFinite, log: TrainingLog, directory: Path) -> NonFinite:
+    """The error with all that the user needs, after its facts are written down."""
+    report = directory / REPORT
+    saved = (directory / CHECKPOINT).exists()
+    kept = f"{CHECKPOINT} beside it is from before" if saved else "no checkpoint was written before"
+    error.describe(log.name, report, kept)
+    if distributed.rank() == 0:
+        write_json(report, error.facts())
+    return error
 
 
 def _peak_memory() -> int:
@@ -319,23 +337,6 @@ def _peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
         1 if sys.platform == "darwin" else 1024
     )
-
-
-def _generator_states() -> dict[str, Any]:
-    version, words, gauss = random.getstate()
-    state = {"torch": torch.get_rng_state(), "python": [version, list(words), gauss]}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _restore_generators(states: list[dict[str, Any]]) -> None:
-    state = states[min(distributed.rank(), len(states) - 1)]
-    torch.set_rng_state(state["torch"])
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
 
 
 def _score(row: EpochRow, task: Task) -> float:

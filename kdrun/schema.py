@@ -99,6 +99,7 @@ class Training:
 
 @dataclass
 class Recipe:
+    nonfinite: Literal["stop", "skip"]
     """The stages of an experiment, in order."""
 
     stages: dict

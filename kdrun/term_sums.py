@@ -33,22 +33,27 @@ class TermSums:
         weights: Mapping[str, float],
         recorded: Mapping[str, Tensor],
         share: float = 1.0,
+        counted: bool = True,
     ) -> Tensor:
-        """Add one step's terms; returns the weighted sum, with its graph, times ``share``."""
+        """Add one step's terms; returns the weighted sum, with its graph, times ``share``.
+
+        Without ``counted`` the sums stay as they are.
+        """
         names = tuple(terms)
         if names != self.names:
             self._begin(terms, weights)
         factors = tuple(weights.get(name, 1.0) for name in names)
         values = list(terms.values())
-        with torch.no_grad():
-            if factors != self._weights:
-                self._settle(factors)
-            torch._foreach_add_(self._since_change, values, alpha=share)
-            for name, value in recorded.items():
-                value = value * share
-                known = self._recorded.get(name)
-                self._recorded[name] = value if known is None else known + value
-        self.count += share
+        if counted:
+            with torch.no_grad():
+                if factors != self._weights:
+                    self._settle(factors)
+                torch._foreach_add_(self._since_change, values, alpha=share)
+                for name, value in recorded.items():
+                    value = value * share
+                    known = self._recorded.get(name)
+                    self._recorded[name] = value if known is None else known + value
+            self.count += share
         scaled = [v if f == 1.0 else v * f for v, f in zip(values, factors, strict=True)]
         total = scaled[0]
         for term in scaled[1:]:

@@ -114,6 +114,7 @@ class Training:
     accumulate: int = 1
     clip_norm: float | None = None
     ema_decay: float | None = None
+    nonfinite: Any = "stop"
     batches: int | None = None
     checkpoint_seconds: float = 600.0
     precision: Any = 32
@@ -137,7 +138,12 @@ class Training:
             teachers=self.assembly.teachers,
             taps=self.assembly.taps,
             optimization=Optimization(
-                self.optimizer, self.scheduler, self.accumulate, self.clip_norm, self.ema_decay
+                self.optimizer,
+                self.scheduler,
+                self.accumulate,
+                self.clip_norm,
+                self.ema_decay,
+                self.nonfinite,
             ),
             epochs=self.epochs,
             steps_per_epoch=self.batches or len(self.train),

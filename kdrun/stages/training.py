@@ -13,7 +13,7 @@ from kdrun import distributed
 from kdrun.assembly import Assembly
 from kdrun.distiller import Distiller, Optimization
 from kdrun.files import write_json
-from kdrun.fit import Outcome, fit, make_trainer
+from kdrun.fit import SKIPPED, Outcome, fit, make_trainer
 from kdrun.logs import TrainingLog
 from kdrun.models.build import ROLE_KEYS
 from kdrun.optimization import make_optimizer, make_scheduler
@@ -120,6 +120,7 @@ def train(
         torch._functorch.config.donated_buffer = False
         for network in (*distiller.networks.values(), *distiller.frozen.values()):
             network.compile()
+            nonfinite=settings["nonfinite"],
     distiller.to(device)
     assembly.method.prepare(distiller.frozen, loader)
     log = TrainingLog(context.console, name, batch_size, context.loggers, context.task.objective)
@@ -161,3 +162,4 @@ def summary(context: Context, outcome: Outcome) -> dict[str, Any]:
         "validation": {"last": validation(outcome.history[-1]), "best": validation(best)},
         "gradient_shares": outcome.gradient_shares,
     }
+        "skipped_steps": sum(int(row.get(SKIPPED, 0)) for row in outcome.history),

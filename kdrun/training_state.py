@@ -1,0 +1,141 @@
+"""The state of an unfinished training on disk: whole, checked, and never the only copy.
+
+``last.ckpt`` is a plain PyTorch file. Its checksum is the comment of the zip archive that such a
+file is, so both are written, renamed and lost together. The checkpoint before it stays beside it as
+``previous.ckpt`` until training ends; going on from that one gives the same result, some steps
+later.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from kdrun import distributed
+from kdrun.errors import UserError
+from kdrun.files import atomic_file
+
+CHECKPOINT, PREVIOUS = "last.ckpt", "previous.ckpt"
+_WORD = b"sha256:"
+_COMMENT = len(_WORD) + hashlib.sha256().digest_size * 2
+_NO_COMMENT = bytes(2)
+"""How an archive without a comment ends: the comment's length."""
+
+
+def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write a state with its checksum; the checkpoint that was at ``path`` becomes the previous.
+
+    Raises:
+        UserError: it cannot be written; the one that was there stays as it was.
+    """
+    with atomic_file(path) as file:
+        hashing = _Hashing(file)
+        torch.save(state, hashing)
+        file.seek(-len(_NO_COMMENT), os.SEEK_END)
+        file.write(_COMMENT.to_bytes(2, "little") + _WORD + hashing.digest.hexdigest().encode())
+        file.flush()
+        if path.exists():
+            os.replace(path, path.with_name(PREVIOUS))
+
+
+def read_checkpoint(
+    path: Path, key: str, say: Callable[[str], None] = print
+) -> dict[str, Any] | None:
+    """The newest sound training state, or None where there is none.
+
+    Args:
+        path: of the newest; the previous one lies beside it.
+        key: names what is trained.
+        say: told when the newest is damaged and the previous one is used.
+
+    Raises:
+        UserError: no checkpoint there is can be read, or it belongs to another configuration.
+    """
+    damage = ""
+    for candidate in (path, path.with_name(PREVIOUS)):
+        if not candidate.exists():
+            continue
+        try:
+            state = _read(candidate)
+        except _Damaged as error:
+            damage = damage or str(error)
+            continue
+        if state["key"] != key:
+            raise UserError(
+                f"{candidate} belongs to another configuration; remove it to start again"
+            )
+        if damage:
+            say(f"{path} is damaged ({damage}): going on from {PREVIOUS} beside it")
+        return state
+    if damage:
+        raise UserError(
+            f"cannot read the checkpoint {path} ({damage}); remove it to start this training again"
+        )
+    return None
+
+
+def generator_states() -> dict[str, Any]:
+    """States of the global random generators of this process."""
+    version, words, gauss = random.getstate()
+    state = {"torch": torch.get_rng_state(), "python": [version, list(words), gauss]}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_generators(states: list[dict[str, Any]]) -> None:
+    """Put this rank's generators back; ``states`` are those of all ranks."""
+    state = states[min(distributed.rank(), len(states) - 1)]
+    torch.set_rng_state(state["torch"])
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+class _Damaged(Exception):
+    """A checkpoint that is not what was written."""
+
+
+class _Hashing:
+    """A file to write whose content is hashed on the way."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    _verify(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise _Damaged(reason) from error
+
+
+def _verify(path: Path) -> None:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        left = os.fstat(file.fileno()).st_size - _COMMENT - len(_NO_COMMENT)
+        while left > 0 and (part := file.read(min(left, 1 << 20))):
+            digest.update(part)
+            left -= len(part)
+        comment = file.read()[len(_NO_COMMENT) :]
+    digest.update(_NO_COMMENT)
+    if not comment.startswith(_WORD):
+        raise _Damaged("it ends without a checksum: torn, or not written by kdrun")
+    if comment != _WORD + digest.hexdigest().encode():
+        raise _Damaged("its checksum differs")
