@@ -3,6 +3,7 @@
     python scripts/bench.py step [--pair mlp|resnet20-resnet8|resnet32x4-resnet8x4] [--rounds 15]
     python scripts/bench.py startup [--runs 5]
     python scripts/bench.py allocator [--rounds 7]
+    python scripts/bench.py data [--rounds 9]
 
 ``step`` runs plain KD (T = 4, 0.1 CE + 0.9 KD, SGD with momentum, learning rate 0 so that every
 block does identical arithmetic) in one process on one thread. A block of the bare loop stands right
@@ -14,6 +15,10 @@ adjacent bare block and extra CPU milliseconds per step, as min - median - max o
 
 ``allocator`` pairs processes that run the bare resnet20 -> resnet8 loop with and without the
 setting that ``kdrun.process.keep_freed_memory`` makes, in alternating order.
+
+``data`` compares images per second of the resident loader (padded random crop, flip, normalise on
+whole batches of 32x32 images) with the common way: an array, PIL and torchvision's transforms per
+image, batches stacked in the same process.
 """
 
 from __future__ import annotations
@@ -306,6 +311,65 @@ def allocator_child(keep: bool, steps: int = 12) -> None:
     print(used, faults // steps)
 
 
+def bench_data(rounds: int, images: int = 3200) -> None:
+    """Images per second on one thread, resident over per-image transforms."""
+    from PIL import Image
+    from torchvision import transforms
+
+    from kdrun.data.augment import Augmentation
+    from kdrun.data.loader import LoaderOptions
+    from kdrun.data.normalise import Normalisation
+    from kdrun.data.resident import ResidentLoader, Samples
+
+    torch.set_num_threads(1)
+    mean, std = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (images, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    target = torch.randint(CLASSES, (images,), generator=generator)
+    array = pixels.permute(0, 2, 3, 1).numpy()
+    change = transforms.Compose(
+        [
+            transforms.RandomCrop(32, padding=4),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(mean, std),
+        ]
+    )
+
+    def per_image() -> None:
+        for first in range(0, images, BATCH):
+            torch.stack([change(Image.fromarray(item)) for item in array[first : first + BATCH]])
+
+    loader = ResidentLoader(
+        Samples(pixels, target, torch.arange(images)),
+        LoaderOptions(batch_size=BATCH, shuffle=True),
+        normalisation=Normalisation(mean, std),
+        augmentation=Augmentation(crop_padding=4, flip=0.5),
+    )
+
+    def resident() -> None:
+        for _ in loader:
+            pass
+
+    def speed(run: Callable[[], None]) -> float:
+        began = time.process_time()
+        run()
+        return images / (time.process_time() - began)
+
+    rows = []
+    for number in range(rounds + 1):
+        loader.set_epoch(number)
+        if number % 2:
+            fast, slow = speed(resident), speed(per_image)
+        else:
+            slow, fast = speed(per_image), speed(resident)
+        rows.append((fast, slow))
+    rows = rows[1:]
+    print(f"resident  {spread([fast for fast, _ in rows])} images/s")
+    print(f"per image {spread([slow for _, slow in rows])} images/s")
+    print(f"ratio     {spread([fast / slow for fast, slow in rows])} ({rounds} rounds)")
+
+
 def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -317,11 +381,16 @@ def main() -> None:
     startup.add_argument("--runs", type=int, default=5)
     allocator = commands.add_parser("allocator", help="what keeping freed memory gains")
     allocator.add_argument("--rounds", type=int, default=7)
+    data = commands.add_parser("data", help="images per second of the data path")
+    data.add_argument("--rounds", type=int, default=9)
     child = commands.add_parser("allocator-child")
     child.add_argument("--keep", choices=("yes", "no"), required=True)
     options = parser.parse_args()
     if options.command == "allocator":
         bench_allocator(options.rounds)
+        return
+    if options.command == "data":
+        bench_data(options.rounds)
         return
     if options.command == "allocator-child":
         allocator_child(options.keep == "yes")
