@@ -20,7 +20,10 @@ def fingerprint(key: Mapping[str, Any], length: int = 16) -> str:
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a configuration that determines what a run computes."""
-    return {name: value for name, value in config.items() if name not in NOT_IDENTITY}
+    kept = {name: value for name, value in config.items() if name not in NOT_IDENTITY}
+    if "trainer" in kept:
+        kept["trainer"] = {k: v for k, v in kept["trainer"].items() if k != "progress"}
+    return kept
 
 
 def run_directory(config: Mapping[str, Any], names: Mapping[str, str]) -> Path:

@@ -39,7 +39,9 @@ class SignalWatch:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        # Also after a signal: a trainer that was running then has put back what it had found.
         self._restore()
+        self._previous = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.received = number
@@ -48,7 +50,6 @@ class SignalWatch:
     def _restore(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-        self._previous = {}
 
     def raise_if_received(self) -> None:
         """Raise ``Stopped`` where the state needs no saving (between two stages)."""
