@@ -23,6 +23,29 @@ def conflicts(config: Mapping[str, Any]) -> Iterator[str]:
         yield "teacher.finetune: there are no weights to start from; give teacher.checkpoint"
     if teacher["checkpoint"] and teacher.get("pretrained"):
         yield "teacher.checkpoint: teacher.pretrained=true gives weights too; choose one of them"
+    yield from _cache(config)
+
+
+def _cache(config: Mapping[str, Any]) -> Iterator[str]:
+    teacher, epochs = config["teacher"], config["training"]["epochs"]
+    if teacher["cache"] == "none":
+        return
+    if teacher["mode"] == "batch_stats":
+        yield (
+            "teacher.cache: with teacher.mode=batch_stats the teacher's outputs depend on the "
+            "batch; set teacher.mode=eval or teacher.cache=none"
+        )
+    if teacher["cache_views"] > epochs:
+        yield (
+            f"teacher.cache_views: {epochs} epochs cannot use {teacher['cache_views']} "
+            "augmentations; lower it or raise training.epochs"
+        )
+    mix = config["dataset"].get("mix") or {}
+    if mix.get("mixup") or mix.get("cutmix"):
+        yield (
+            "teacher.cache: mixed images have no recorded outputs; set dataset.mix.mixup=0 and "
+            "dataset.mix.cutmix=0, or teacher.cache=none"
+        )
 
 
 def _schedule(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kdrun import distributed
 from kdrun.errors import UserError
+from kdrun.forward import run_network
 from kdrun.layers.taps import Taps
 from kdrun.method import Method
 from kdrun.nonfinite import FiniteGuard, Reaction
@@ -29,6 +30,9 @@ from kdrun.tasks.task import Task
 from kdrun.term_sums import TermSums
 
 STUDENT = "student"
+
+StandIn = Callable[[Batch], ModelOutput]
+"""What gives the outputs of a frozen network without the network."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class Distiller(LightningModule):
         optimization: optimiser, schedule and the like.
         epochs: length of training.
         steps_per_epoch: batches in an epoch.
+        stand_ins: who speaks for a further role that has no network here.
     """
 
     def __init__(
@@ -80,6 +85,7 @@ class Distiller(LightningModule):
         optimization: Optimization,
         epochs: int,
         steps_per_epoch: int,
+        stand_ins: Mapping[str, StandIn] | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -103,6 +109,8 @@ class Distiller(LightningModule):
             for networks, trainable in ((self.networks, True), (self.frozen, False))
             for role, network in networks.items()
         }
+        self._stand_ins = dict(stand_ins or {})
+        self._others = [*(role for role in self._cast if role != STUDENT), *self._stand_ins]
         self._views = method.views
         # Read by DistributedDataParallel. A method keeps its memories alike on all ranks itself;
         # sending them at every forward would cost more than the step.
@@ -140,26 +148,13 @@ class Distiller(LightningModule):
 
     def forward(self, role: str, batch: Batch) -> ModelOutput:
         """Run the network of ``role`` on a batch and its views; taps are read."""
+        if role in self._stand_ins:
+            return self._stand_ins[role](batch)
         network, taps, trained = self._cast[role]
         if trained:
-            return self._forward_views(network, taps, batch)
+            return run_network(self.task, network, batch, taps, self._views)
         with torch.no_grad():
-            return self._forward_views(network, taps, batch)
-
-    def _forward_views(self, network: nn.Module, taps: Taps | None, batch: Batch) -> ModelOutput:
-        output = self._forward_tapped(network, taps, batch)
-        for name in self._views:
-            view = replace(batch, inputs=batch.views[name], views={})
-            output.views[name] = self._forward_tapped(network, taps, view)
-        return output
-
-    def _forward_tapped(self, network: nn.Module, taps: Taps | None, batch: Batch) -> ModelOutput:
-        if taps is None:
-            return self.task.forward(network, batch)
-        with taps:
-            output = self.task.forward(network, batch)
-        output.features.update(taps.collect())
-        return output
+            return run_network(self.task, network, batch, taps, self._views)
 
     # -- optimisation --------------------------------------------------------------------------
 
@@ -237,7 +232,7 @@ class Distiller(LightningModule):
 
     def _terms(self, part: Batch, progress: Progress) -> Mapping[str, Tensor]:
         part = self.method.augment(part)
-        teachers = {role: self.forward(role, part) for role in self._cast if role != STUDENT}
+        teachers = {role: self.forward(role, part) for role in self._others}
         return self.method.losses(self.forward(STUDENT, part), teachers, part, progress)
 
     def _update(self, which: Sequence[int]) -> None:

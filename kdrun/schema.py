@@ -42,6 +42,11 @@ class Teacher:
     mode: Literal["eval", "batch_stats"]
     seed: NonNegativeInt
     allow_chance: bool
+    cache: Literal["none", "logits", "topk", "features"]
+    cache_views: PositiveInt
+    cache_seed: NonNegativeInt
+    cache_top_k: PositiveInt
+    cache_dtype: Literal["fp16", "fp32"]
 
 
 @dataclass
@@ -94,12 +99,12 @@ class Training:
     clip_norm: Positive | None
     label_smoothing: ProperFraction
     ema: ProperFraction | None
+    nonfinite: Literal["stop", "skip"]
     teacher: dict
 
 
 @dataclass
 class Recipe:
-    nonfinite: Literal["stop", "skip"]
     """The stages of an experiment, in order."""
 
     stages: dict

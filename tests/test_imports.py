@@ -20,9 +20,9 @@ LAYERS = {
     "config": ("config", "overrides", "catalogue", "checks", "constraints", "schema"),
     "experiment": ("experiment", "validation"),
     "stages": ("stages", "assembly", "evaluation", "export", "fit", "optimization", "report"),
-    "distiller": ("distiller", "term_sums", "logs", "loggers"),
+    "distiller": ("distiller", "forward", "term_sums", "logs", "loggers"),
     "methods": ("methods", "method"),
-    "parts": ("losses", "layers", "tasks", "data", "models", "outputs"),
+    "parts": ("losses", "layers", "tasks", "data", "models", "outputs", "recording"),
     "ground": (
         *("build", "targets", "parameters", "errors", "store", "checkpoints", "distributed"),
         *(

@@ -12,7 +12,10 @@ from kdrun.build import instantiate, resolve
 from kdrun.errors import UserError
 from kdrun.targets import KEY
 
-ROLE_KEYS = ("checkpoint", "init_from", "mode", "seed", "weights", "allow_chance", "finetune")
+ROLE_KEYS = (
+    *("checkpoint", "init_from", "mode", "seed", "weights", "allow_chance", "finetune"),
+    *("cache", "cache_views", "cache_seed", "cache_top_k", "cache_dtype"),
+)
 """Entries of a network's config node that say what it is for, not what it is."""
 
 

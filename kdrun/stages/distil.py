@@ -10,6 +10,7 @@ from torch import nn
 from kdrun.assembly import Assembly, assemble, build_network, make_method, with_batch_statistics
 from kdrun.errors import UserError
 from kdrun.evaluation import evaluate
+from kdrun.stages.recorded import open_recording
 from kdrun.stages.stage import Context, Stage
 from kdrun.stages.train import initial_student, load_network
 from kdrun.stages.training import architecture, train, training_key
@@ -48,6 +49,7 @@ class Distil(Stage):
             key=self.key(context),
             directory=directory,
             product="student",
+            recording=open_recording(context, assembly),
         )
         for term, share in outcome.gradient_shares.items():
             if share < SMALL_SHARE:

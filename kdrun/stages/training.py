@@ -17,6 +17,8 @@ from kdrun.fit import SKIPPED, Outcome, fit, make_trainer
 from kdrun.logs import TrainingLog
 from kdrun.models.build import ROLE_KEYS
 from kdrun.optimization import make_optimizer, make_scheduler
+from kdrun.recording import Recording
+from kdrun.stages.recorded import check_recording, recorded_role
 from kdrun.stages.stage import Context
 from kdrun.store import fingerprint
 
@@ -63,6 +65,7 @@ def train(
     key: Mapping[str, Any],
     directory: Path,
     product: str = "network",
+    recording: Recording | None = None,
 ) -> Outcome:
     """Train an assembly into ``directory`` (see ``kdrun.fit.fit`` for the files).
 
@@ -75,6 +78,7 @@ def train(
         key: names what is trained.
         directory: where to write.
         product: what the weight files are called.
+        recording: outputs of the frozen teacher, used in place of running it.
     """
     settings = training_settings(context.config, role)
     options = context.config["trainer"]
@@ -91,15 +95,22 @@ def train(
         seed=seed,
         views=assembly.method.views,
         drop_last=0 < rest < world_size,
+        cycle=recording.cycle if recording else None,
         **place,
     )
     validation = context.data.validation(batch_size=max(batch_size, 256), **place)
     steps = len(loader) if context.limit_batches is None else context.limit_batches
+    teachers, stand_ins, recorded = dict(assembly.teachers), {}, {}
+    if recording is not None:
+        check_recording(recording.to(device), context, assembly, loader, epochs)
+        role = recorded_role(assembly.method)
+        stand_ins[role], recorded[role] = recording, teachers.pop(role)
     distiller = Distiller(
         task=context.task,
         method=assembly.method,
         student=assembly.student,
-        teachers=assembly.teachers,
+        teachers=teachers,
+        stand_ins=stand_ins,
         taps=assembly.taps,
         optimization=Optimization(
             optimizer=lambda parameters: make_optimizer(settings["optimizer"], parameters),
@@ -109,6 +120,7 @@ def train(
             accumulate=options["accumulate"],
             clip_norm=settings["clip_norm"],
             ema_decay=settings["ema"],
+            nonfinite=settings["nonfinite"],
         ),
         epochs=epochs,
         steps_per_epoch=steps,
@@ -120,9 +132,10 @@ def train(
         torch._functorch.config.donated_buffer = False
         for network in (*distiller.networks.values(), *distiller.frozen.values()):
             network.compile()
-            nonfinite=settings["nonfinite"],
     distiller.to(device)
-    assembly.method.prepare(distiller.frozen, loader)
+    assembly.method.prepare(distiller.frozen | recorded, loader)
+    for network in recorded.values():
+        network.cpu()  # Its memory is free for training.
     log = TrainingLog(context.console, name, batch_size, context.loggers, context.task.objective)
     # Dropout and the like draw from the global generators: the same for the same seed, whichever
     # stages ran, or were found in the store, before.
@@ -161,5 +174,5 @@ def summary(context: Context, outcome: Outcome) -> dict[str, Any]:
         "samples_per_second": outcome.history[-1]["samples_per_second"],
         "validation": {"last": validation(outcome.history[-1]), "best": validation(best)},
         "gradient_shares": outcome.gradient_shares,
-    }
         "skipped_steps": sum(int(row.get(SKIPPED, 0)) for row in outcome.history),
+    }

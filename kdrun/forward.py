@@ -1,0 +1,44 @@
+"""Running one network on a batch: its taps are read, and every further view is run too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from kdrun.layers.taps import Taps
+from kdrun.outputs import Batch, ModelOutput
+from kdrun.tasks.task import Task
+
+
+def run_network(
+    task: Task,
+    network: nn.Module,
+    batch: Batch,
+    taps: Taps | None = None,
+    views: Sequence[str] = (),
+) -> ModelOutput:
+    """The network's output on a batch, with tapped features and the outputs on further views.
+
+    Args:
+        task: how networks read a batch.
+        network: the network.
+        batch: carries the inputs of every view.
+        taps: placed in the network; None: no features are read.
+        views: names of the further views to run.
+    """
+    output = _tapped(task, network, batch, taps)
+    for name in views:
+        view = replace(batch, inputs=batch.views[name], views={})
+        output.views[name] = _tapped(task, network, view, taps)
+    return output
+
+
+def _tapped(task: Task, network: nn.Module, batch: Batch, taps: Taps | None) -> ModelOutput:
+    if taps is None:
+        return task.forward(network, batch)
+    with taps:
+        output = task.forward(network, batch)
+    output.features.update(taps.collect())
+    return output
