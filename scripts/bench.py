@@ -317,9 +317,10 @@ def bench_data(rounds: int, images: int = 3200) -> None:
     from torchvision import transforms
 
     from kdrun.data.augment import Augmentation
+    from kdrun.data.batches import Preprocessing
     from kdrun.data.loader import LoaderOptions
     from kdrun.data.normalise import Normalisation
-    from kdrun.data.resident import ResidentLoader, Samples
+    from kdrun.data.resident import Samples
 
     torch.set_num_threads(1)
     mean, std = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
@@ -340,12 +341,13 @@ def bench_data(rounds: int, images: int = 3200) -> None:
         for first in range(0, images, BATCH):
             torch.stack([change(Image.fromarray(item)) for item in array[first : first + BATCH]])
 
-    loader = ResidentLoader(
-        Samples(pixels, target, torch.arange(images)),
-        LoaderOptions(batch_size=BATCH, shuffle=True),
+    preprocessing = Preprocessing(
         normalisation=Normalisation(mean, std),
         augmentation=Augmentation(crop_padding=4, flip=0.5),
+        num_classes=CLASSES,
     )
+    options = LoaderOptions(batch_size=BATCH, shuffle=True, augment=True)
+    loader = Samples(pixels, target, torch.arange(images)).serve(options, preprocessing)
 
     def resident() -> None:
         for _ in loader:
