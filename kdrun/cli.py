@@ -299,6 +299,12 @@ def _report(line: CommandLine) -> int:
     return main(line.words, line.catalogue())
 
 
+def _store(line: CommandLine) -> int:
+    from kdrun.store_command import main
+
+    return main(line.words)
+
+
 def _one_run(line: CommandLine, verb: str, more: bool = False) -> str:
     if not line.words or (len(line.words) > 1 and not more):
         raise UserError(f"{verb} takes the directory of a run: kdrun {verb} outputs/.../seed0")
@@ -341,6 +347,7 @@ VERBS = {
     "report": Verb(
         _report, "TABLE|DIR", "tables and curves of finished runs", "kdrun.report.command"
     ),
+    "store": Verb(_store, "ls|verify|gc", "artefacts that runs share: list, check, clean up"),
     "doctor": Verb(_doctor, "", "versions, extras, hardware: what a bug report needs"),
     "complete": Verb(_complete),
 }

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from kdrun.artefacts import is_complete
 from kdrun.assembly import (
     Assembly,
     assemble_untrained,
@@ -34,7 +35,7 @@ from kdrun.runs import CONFIG, stored_words
 from kdrun.stages.evaluate import EPOCHS, results_on_test
 from kdrun.stages.stage import Context
 from kdrun.stages.train import load_network
-from kdrun.store import Artefact, Store, is_complete
+from kdrun.store import Artefact, Store
 
 Epoch = Literal["last", "best"]
 

@@ -140,6 +140,10 @@ def _run_stages(
         for name, stage in stages_of(config).items():
             watch.raise_if_received()
             stage.run(context, name)
+            if main:
+                # Before there is a result: what an unfinished run refers to is not thrown away.
+                used = {name: artefact.name for name, artefact in context.artefacts.items()}
+                write_json(directory / "artefacts.json", used)
         for logger in loggers:
             logger.log_metrics(dict(flat_results(context.result)))
     if main:

@@ -37,7 +37,9 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        # On a file system that became read-only even removing what is not there fails.
+        if temporary.exists():
+            temporary.unlink()
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:

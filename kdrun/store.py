@@ -13,7 +13,6 @@ next one, which continues from whatever state the producer left in the directory
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +21,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from kdrun import distributed
+from kdrun.artefacts import commit, is_complete
 from kdrun.errors import UserError
-from kdrun.files import file_sha256, read_json, write_json
 from kdrun.identity import fingerprint
 
-MARKER = "artefact.json"
-LOGS = ("log.txt", "logs")
-"""What may be moved or thrown away without harm to a finished artefact."""
 WAIT_SECONDS = 0.5
 """Between two looks at whether waiting for another process has become pointless."""
 
@@ -85,7 +81,9 @@ class Store:
             The artefact, and whether it was there already.
         """
         directory = self.root / kind / fingerprint(key)
-        return make_once(directory, key, produce, self.say, self.while_waiting, what=kind)
+        return make_once(
+            directory, key, produce, self.say, self.while_waiting, what=kind, contents=True
+        )
 
 
 def make_once(
@@ -96,6 +94,7 @@ def make_once(
     while_waiting: Callable[[], None] = lambda: None,
     what: str = "run",
     afresh: bool = False,
+    contents: bool = False,
 ) -> tuple[Artefact, bool]:
     """Fill ``directory`` by ``produce`` under a lock unless it is complete; see ``Store.obtain``.
 
@@ -107,6 +106,7 @@ def make_once(
         while_waiting: see ``Store``.
         what: what to call the artefact in messages.
         afresh: throw away what is there, finished or not.
+        contents: read all of an artefact that is found, and compare checksums.
     """
     artefact = Artefact(directory, dict(key))
     main = distributed.rank() == 0
@@ -114,7 +114,7 @@ def make_once(
     try:
         if main and afresh and directory.exists():
             shutil.rmtree(directory)
-        if distributed.broadcast(main and is_complete(directory)):
+        if distributed.broadcast(main and is_complete(directory, contents)):
             return artefact, True
         if main:
             _make_directory(directory)
@@ -129,35 +129,6 @@ def make_once(
     finally:
         if lock is not None:
             lock.release()
-
-
-def is_complete(directory: Path) -> bool:
-    """Whether the artefact was finished and its files still have the sizes they were given."""
-    marker = directory / MARKER
-    if not marker.is_file():
-        return False
-    for name, facts in read_json(marker)["files"].items():
-        path = directory / name
-        if not path.is_file() or path.stat().st_size != facts["bytes"]:
-            raise UserError(
-                f"{path} is missing or not what was written; remove {directory} to make it again"
-            )
-    return True
-
-
-def commit(directory: Path, key: Mapping[str, Any]) -> None:
-    """Mark the artefact complete, with the size and checksum of each of its files but ``LOGS``."""
-    files = {
-        str(path.relative_to(directory)): {
-            "bytes": path.stat().st_size,
-            "sha256": file_sha256(path),
-        }
-        for path in sorted(directory.rglob("*"))
-        if path.is_file()
-        and path.relative_to(directory).parts[0] not in (MARKER, *LOGS)
-        and not path.name.startswith(".")
-    }
-    write_json(directory / MARKER, {"key": dict(key), "finished": time.time(), "files": files})
 
 
 def _acquire(

@@ -36,7 +36,11 @@ def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """
     with atomic_file(path) as file:
         hashing = _Hashing(file)
-        torch.save(state, hashing)
+        try:
+            torch.save(state, hashing)
+        except RuntimeError as error:
+            # The writer of the archive complains of a position and hides why it could not write.
+            raise hashing.failure or error from None
         file.seek(-len(_NO_COMMENT), os.SEEK_END)
         file.write(_COMMENT.to_bytes(2, "little") + _WORD + hashing.digest.hexdigest().encode())
         file.flush()
@@ -108,10 +112,15 @@ class _Hashing:
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.digest = file, hashlib.sha256()
+        self.failure: OSError | None = None
 
     def write(self, data: bytes) -> int:
         self.digest.update(data)
-        return self.file.write(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.failure = error
+            raise
 
     def flush(self) -> None:
         self.file.flush()

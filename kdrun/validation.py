@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from kdrun.artefacts import is_complete
 from kdrun.assembly import (
     STUDENT,
     Assembly,
@@ -31,7 +32,6 @@ from kdrun.loggers import check_logger
 from kdrun.optimization import make_optimizer, make_scheduler
 from kdrun.stages.train import existing_file, is_trained_here
 from kdrun.stages.training import training_settings
-from kdrun.store import is_complete
 from kdrun.tasks.task import Task
 
 LARGEST_BUILT = 500_000_000

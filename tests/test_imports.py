@@ -15,12 +15,24 @@ PACKAGE = Path(__file__).resolve().parents[1] / "kdrun"
 LAYERS = {
     "cli": (
         *("__main__", "cli", "run", "runs", "sweep", "job", "launch"),
-        *("browse", "completion", "doctor", "deployment", "export", "table", "report.command"),
+        *(
+            "browse",
+            "completion",
+            "doctor",
+            "store_command",
+            "deployment",
+            "export",
+            "table",
+            "report.command",
+        ),
     ),
     "config": ("config", "overrides", "catalogue", "checks", "constraints", "schema"),
     "experiment": ("experiment", "validation"),
-    "stages": ("stages", "assembly", "evaluation", "export", "fit", "optimization", "report"),
-    "distiller": ("distiller", "forward", "term_sums", "logs", "loggers"),
+    "stages": (
+        *("stages", "assembly", "evaluation", "export", "fit", "training_state"),
+        *("recording", "optimization", "report"),
+    ),
+    "distiller": ("distiller", "forward", "nonfinite", "term_sums", "logs", "loggers"),
     "methods": ("methods", "method"),
     "parts": ("losses", "layers", "tasks", "data", "models", "outputs", "recording"),
     "ground": (
@@ -33,7 +45,9 @@ LAYERS = {
             "process",
             "provenance",
             "startup",
-            "clock",
+            "artefacts",
+            "redaction",
+            "training_state",
         ),
     ),
 }

@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 
 from kdrun import store as store_module
+from kdrun.artefacts import MARKER, commit, is_complete
 from kdrun.errors import UserError
 from kdrun.files import file_sha256, read_json, write_atomically, write_json
 from kdrun.identity import fingerprint
 from kdrun.interruption import SignalWatch, Stopped
-from kdrun.store import MARKER, Store, commit, is_complete, make_once
+from kdrun.store import Store, make_once
 
 
 def write(text: str):
@@ -151,11 +152,14 @@ def test_a_failed_attempt_is_not_complete_and_goes_on_from_its_files(tmp_path: P
     assert not found and is_complete(artefact.directory)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "missing"])
+@pytest.mark.parametrize("damage", ["truncated", "missing", "flipped"])
 def test_a_torn_artefact_is_refused(tmp_path: Path, damage: str) -> None:
     artefact, _ = Store(tmp_path).obtain("network", {}, write("weights"))
     product = artefact.path("product.txt")
-    product.write_text("weig") if damage == "truncated" else product.unlink()
+    if damage == "missing":
+        product.unlink()
+    else:
+        product.write_text("weig" if damage == "truncated" else "weighss")
     with pytest.raises(UserError, match=r"product\.txt is missing or not what was written; remove"):
         Store(tmp_path).obtain("network", {}, write("weights"))
 
