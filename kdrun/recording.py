@@ -119,7 +119,7 @@ class TopK:
     def encode(self, output: ModelOutput) -> Arrays:
         """``log_probabilities (B, k + 1)``, largest first and the rest's last; ``ids (B, k)``."""
         full = output.logits if output.logits.dtype == torch.float64 else output.logits.float()
-        ranked, ids = full.log_softmax(-1).sort(-1, descending=True, stable=True)
+        ranked, ids = full.log_softmax(-1).sort(dim=-1, descending=True, stable=True)
         rest = ranked[..., self.k :].logsumexp(-1, keepdim=True)
         kept = torch.cat([ranked[..., : self.k], rest], -1)
         ids = ids[..., : self.k].to(torch.int16 if self.classes <= 1 << 15 else torch.int32)

@@ -30,6 +30,7 @@ from kdrun.fit import make_trainer
 from kdrun.identity import run_directory
 from kdrun.loggers import check_logger
 from kdrun.optimization import make_optimizer, make_scheduler
+from kdrun.stages.recorded import refuse_unrecordable
 from kdrun.stages.train import existing_file, is_trained_here
 from kdrun.stages.training import training_settings
 from kdrun.tasks.task import Task
@@ -90,6 +91,8 @@ def check(config: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
     fitting = {"task": task, "data": data, "seed": config["seed"], "device": device}
     with _place(device):
         assembly = assemble(method, networks[STUDENT], others, **fitting)
+    if config["teacher"]["cache"] != "none":
+        refuse_unrecordable(config["teacher"], method, data.num_classes)
     directory = run_directory(config, names)
     state = "finished" if is_complete(directory) else "not finished"
     return [

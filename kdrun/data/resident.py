@@ -112,6 +112,8 @@ class ResidentLoader:
         target, index = self._target.index_select(0, rows), self._index.index_select(0, rows)
         if self._ready:
             number = self._maker.augmentation(epoch)
-            return Batch(self._maker.arrange(stored), target, index, augmentation=number)
+            inputs = self._maker.arrange(stored)
+            views = dict.fromkeys(self.options.views, inputs)
+            return Batch(inputs, target, index, views=views, augmentation=number)
         everywhere = dict.fromkeys(self._maker.changes, stored)
         return self._maker.make(everywhere, target, index, plan, position)

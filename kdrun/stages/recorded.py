@@ -132,26 +132,32 @@ def open_recording(context: Context, assembly: Assembly) -> Recording | None:
 
 
 def check_recording(
-    recording: Recording, context: Context, assembly: Assembly, loader: Loader, epochs: int
+    recording: Recording,
+    context: Context,
+    assembly: Assembly,
+    loader: Loader,
+    epochs: int,
+    device: torch.device,
 ) -> None:
     """Run the teacher on a few samples of the first and the last augmentation and compare.
 
     Args:
-        recording: on the loader's device.
+        recording: is moved to ``device``.
         context: the run.
         assembly: its networks.
         loader: the very one that will train.
         epochs: length of training.
+        device: where the loader makes its batches.
 
     Raises:
         UserError: recorded and live outputs differ by more than rounding explains.
     """
-    batch = loader.replay(0, 0)
-    run = live_teacher(context, assembly, batch.index.device)
+    recording.to(device)
+    run = live_teacher(context, assembly, device)
     for epoch in sorted({0, min(recording.cycle.length, epochs) - 1}):
         few = loader.replay(epoch, 0).rows(slice(CHECKED_SAMPLES))
         if len(few):
-            recording.check(run, few, rounding(context, batch.index.device))
+            recording.check(run, few, rounding(context, device))
 
 
 def rounding(context: Context, device: torch.device) -> float:

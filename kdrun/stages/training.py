@@ -102,7 +102,7 @@ def train(
     steps = len(loader) if context.limit_batches is None else context.limit_batches
     teachers, stand_ins, recorded = dict(assembly.teachers), {}, {}
     if recording is not None:
-        check_recording(recording.to(device), context, assembly, loader, epochs)
+        check_recording(recording, context, assembly, loader, epochs, device)
         role = recorded_role(assembly.method)
         stand_ins[role], recorded[role] = recording, teachers.pop(role)
     distiller = Distiller(

@@ -48,6 +48,18 @@ from kdrun.errors import ConfigErrors
         (["trainer.accelerator=mps", "trainer.devices=2"], "trainer.devices: an mps machine"),
         (["teacher.finetune=true"], "teacher.finetune: there are no weights to start from"),
         (
+            ["teacher.cache=logits", "teacher.mode=batch_stats"],
+            "teacher.cache: with teacher.mode=batch_stats the teacher's outputs depend on the batch",
+        ),
+        (
+            ["teacher.cache=topk", "teacher.cache_views=9", "training.epochs=3"],
+            "teacher.cache_views: 3 epochs cannot use 9 augmentations",
+        ),
+        (
+            ["teacher.cache=logits", "dataset.mix.cutmix=1.0"],
+            "teacher.cache: mixed images have no recorded outputs",
+        ),
+        (
             ["training.teacher.batch_size=63", "trainer=ddp"],
             "training.teacher.batch_size: 63 cannot be divided among 2 processes",
         ),
