@@ -104,9 +104,10 @@ def run(arguments: Sequence[str]) -> int:
 
 def _say(text: str) -> None:
     from kdrun.launch import is_main
+    from kdrun.redaction import redact
 
     if is_main():
-        print(text, file=sys.stderr, flush=True)
+        print(redact(text), file=sys.stderr, flush=True)
 
 
 def _say_broken(error: Exception) -> None:

@@ -23,6 +23,7 @@ from kdrun.loggers import check_logger, open_loggers
 from kdrun.logs import Console
 from kdrun.process import prepare_process
 from kdrun.provenance import environment
+from kdrun.redaction import remember_secrets
 from kdrun.report.summary import summary_table
 from kdrun.stages.stage import Context, Stage
 from kdrun.store import Store, make_once
@@ -55,6 +56,7 @@ def run_experiment(
         Interrupted: a signal came; the same command continues.
     """
     distributed.initialize()
+    remember_secrets(config)
     prepare_process(config["trainer"])
     console = Console(config["trainer"]["progress"])
     if config["dry"]:

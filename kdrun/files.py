@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from kdrun.errors import UserError
+from kdrun.redaction import redact
 
 
 def file_sha256(path: Path) -> str:
@@ -43,9 +44,9 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
-    """Replace ``path`` by ``data`` in one step (``atomic_file``)."""
+    """Replace ``path`` by ``data`` in one step (``atomic_file``); text without secrets."""
     with atomic_file(path) as file:
-        file.write(data.encode() if isinstance(data, str) else data)
+        file.write(redact(data).encode() if isinstance(data, str) else data)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def run_directory(config: Mapping[str, Any], names: Mapping[str, str]) -> Path:
     """``<output_dir>/<dataset>/<teacher>-<student>/<method>-<hash8>/seed<k>``."""
-    safe = {group: name.replace("/", "_") for group, name in names.items()}
+    safe = {group: _one_folder(name) for group, name in names.items()}
     return Path(
         config["output_dir"],
         safe["dataset"],
@@ -36,3 +37,9 @@ def run_directory(config: Mapping[str, Any], names: Mapping[str, str]) -> Path:
         f"{safe['method']}-{fingerprint(identity(config), 8)}",
         f"seed{config['seed']}",
     )
+
+
+def _one_folder(name: str) -> str:
+    """The name of a choice as the name of one folder, never of one further up."""
+    name = re.sub(r"[/\\\0]", "_", name)
+    return f"_{name}" if name.startswith(".") else name

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kdrun.errors import Interrupted, UserError
+from kdrun.redaction import redact
 
 
 @dataclass
@@ -42,7 +43,7 @@ class Record:
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / f"{self.number}.json"
         temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
+        temporary.write_text(redact(json.dumps(asdict(self), indent=2)), encoding="utf-8")
         os.replace(temporary, path)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, TextIO
 
 from kdrun import distributed
 from kdrun.clock import clock
+from kdrun.redaction import redact
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
@@ -43,6 +44,7 @@ class Console:
     def say(self, text: str) -> None:
         """Print a line, in place of the progress line if one is shown."""
         self.clear()
+        text = redact(text)
         if self.mode != "off":
             print(text, file=self.stream, flush=True)
         if self.file is not None and distributed.rank() == 0:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from kdrun.catalogue import Catalogue
 from kdrun.errors import Interrupted, UserError
+from kdrun.redaction import redact
 from kdrun.table.cells import Cell
 from kdrun.table.progress import ERROR, FINISHED, claim, failed_since
 from kdrun.table.views import LineSink, View
@@ -93,7 +94,7 @@ def _run_and_record(cell: Cell, run: Run, view: View) -> str:
     finally:
         _release_memory()
     cell.directory.mkdir(parents=True, exist_ok=True)
-    (cell.directory / ERROR).write_text(text.rstrip() + "\n", encoding="utf-8")
+    (cell.directory / ERROR).write_text(redact(text.rstrip()) + "\n", encoding="utf-8")
     return text.rstrip().splitlines()[-1]
 
 
