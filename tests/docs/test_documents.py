@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,10 @@ from pathlib import Path
 import pytest
 from _pytest.mark.structures import ParameterSet
 
+from kdrun import cli
 from kdrun.catalogue import open_catalogue
 from kdrun.config import compose
+from kdrun.sweep import check
 from tests.docs.blocks import DOCUMENTS, ROOT, Block, Command, blocks, shortened
 
 BLOCKS = [block for document in DOCUMENTS for block in blocks(document)]
@@ -110,8 +113,6 @@ def assert_composes(command: Command) -> None:
     words = command.words
     assert words, f"{command.text}: no kdrun command"
     if words[0] == "-m":
-        from kdrun.sweep import check
-
         assert check(words[1:], open_catalogue()) == []
     else:
         compose(words, open_catalogue())
@@ -125,6 +126,26 @@ def test_no_command_hides_from_the_tests(document: Path) -> None:
                 line for line in block.text.splitlines() if re.match(r"(\$ |kdrun |scripts/)", line)
             ]
             assert not hidden, f"{block} is neither console nor bash"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_and_options_in_running_text(
+    document: Path, capsys, monkeypatch, tmp_path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = re.sub(r"^```.*?^```$", "", document.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for span in re.findall(r"`([^`]+)`", text):
+        words = shlex.split(span)
+        is_command = words[0] == "kdrun"
+        words = words[1:] if is_command else words
+        is_run = all(re.match(r"[\w.]+=.", word) for word in words if word != "-m")
+        if any(ELISION in word or word.isupper() or "<" in word for word in words):
+            continue  # something is left for the reader to fill in
+        if words and is_run:
+            overrides = [word for word in words if word != "-m"]
+            assert check(overrides, open_catalogue()) == [], span
+        elif is_command:
+            assert cli.run(words) == 0, f"{span}: {capsys.readouterr().err}"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
