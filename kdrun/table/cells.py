@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -83,7 +84,7 @@ def merge(layers: Iterable[Sequence[str]]) -> list[str]:
 
 def layers(table: Table, row: Row, column: Column, profile: str | None) -> list[Sequence[str]]:
     """The overrides of a row in a column, from the most general to the most particular."""
-    shrunk = table.profiles[profile] if profile else ()
+    shrunk = table.profiles[profile].words if profile else ()
     return [table.words, column.words, row.words or (), row.extra.get(column.label, ()), shrunk]
 
 
@@ -120,7 +121,7 @@ def plan(
                         problem, f"table {table.name}, {row.label} / {column.label}"
                     )
                 continue
-            arms.append(_arm(row.label, column.label, words, config))
+            arms.append(arm_of(row.label, column.label, words, config))
     if problems:
         lines = [f"{place}: {problem}" for problem, place in problems.items()]
         raise ConfigErrors(lines[:MOST_PROBLEMS])
@@ -148,7 +149,8 @@ def cells_of(arms: Iterable[Arm], seeds: Sequence[int]) -> list[Cell]:
     return sorted(distinct.values(), key=ranks.__getitem__)
 
 
-def _arm(row: str, column: str, words: Sequence[str], config: Config) -> Arm:
+def arm_of(row: str, column: str, words: Sequence[str], config: Config) -> Arm:
+    """The configuration of a row in a column."""
     values = config.values
     settings = dict(values["training"])
     teacher_settings = settings.pop("teacher") or {}
@@ -156,9 +158,10 @@ def _arm(row: str, column: str, words: Sequence[str], config: Config) -> Arm:
     everywhere = {key: values[key] for key in ("dataset", "task", "protocol")}
     for_teacher = settings | changed
     stages = values["recipe"]["stages"]
-    epochs = {name: settings["epochs"] for name in ("alone", "distil") if name in stages}
-    if "teacher" in stages and not values["teacher"]["checkpoint"]:
-        epochs["teacher"] = for_teacher["epochs"]
+    given = values["teacher"]["checkpoint"] or values["teacher"].get("pretrained")
+    trained = {} if given else {"teacher": for_teacher["epochs"]}
+    trained |= {"alone": settings["epochs"], "distil": settings["epochs"]}
+    epochs = {stage: number for stage, number in trained.items() if stage in stages}
     return Arm(
         row=row,
         column=column,
@@ -195,6 +198,8 @@ def stored_plan(
         stored = json.loads(path.read_text(encoding="utf-8"))
         if stored["state"] == state:
             return [_restored(fields) for fields in stored["arms"]]
+    if sys.stderr.isatty():
+        print(f"{table.name}: composing its configurations", file=sys.stderr)
     arms = plan(table, catalogue, profile=profile, typed=typed)
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"state": state, "arms": [asdict(arm) for arm in arms]}, default=str)

@@ -64,6 +64,14 @@ class RowFile:
     skip: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ProfileFile:
+    """A profile's entries; a string stands for ``run`` alone."""
+
+    run: str = ""
+    seeds: PositiveInt | list[NonNegativeInt] | None = None
+
+
 # -- what is made of it ----------------------------------------------------------------------------
 
 
@@ -108,6 +116,14 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Profile:
+    """What shrinks every run of a table: overrides, and the seeds in place of the table's."""
+
+    words: tuple[str, ...]
+    seeds: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
 class Table:
     """A table of experiments.
 
@@ -117,7 +133,7 @@ class Table:
         seeds: of the runs of each cell.
         epoch: which weights of a trained student are reported, ``last`` or ``best`` on validation.
         baseline: label of the row that the others are tested against.
-        profiles: overrides by the name of a profile, which shrink every run.
+        profiles: by name.
     """
 
     name: str
@@ -129,7 +145,7 @@ class Table:
     baseline: str
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
-    profiles: Mapping[str, tuple[str, ...]]
+    profiles: Mapping[str, Profile]
 
     def row(self, label: str) -> Row:
         """The row of a label."""
@@ -185,9 +201,7 @@ class _Reader:
         labels = [column.label for column in columns]
         rows = tuple(self.row(str(label), node, labels, file) for label, node in file.rows.items())
         self.names([file.baseline], [row.label for row in rows if row.words], "baseline")
-        seeds = range(file.seeds) if isinstance(file.seeds, int) else file.seeds
-        if len(set(seeds)) != len(list(seeds)) or not seeds:
-            self.wrong("seeds", "must be a number or a list of different seeds")
+        seeds = self.seeds(file.seeds, "seeds")
         if not columns or not rows:
             self.wrong("rows" if columns else "columns", "must not be empty")
         return Table(
@@ -195,16 +209,28 @@ class _Reader:
             description=text,
             words=(f"protocol={file.protocol}", *self.words(file.run, "run")),
             protocol=file.protocol,
-            seeds=tuple(seeds),
+            seeds=seeds,
             epoch=file.epoch,
             baseline=file.baseline,
             columns=columns,
             rows=rows,
             profiles={
-                label: self.words(words, f"profiles.{label}")
-                for label, words in file.profiles.items()
+                str(label): self.profile(node, f"profiles.{label}")
+                for label, node in file.profiles.items()
             },
         )
+
+    def profile(self, node: Any, place: str) -> Profile:
+        entries = self.entries(_expanded(node), ProfileFile, place) or ProfileFile()
+        seeds = None if entries.seeds is None else self.seeds(entries.seeds, f"{place}.seeds")
+        return Profile(self.words(entries.run, place), seeds)
+
+    def seeds(self, given: int | list[int], place: str) -> tuple[int, ...]:
+        """``3`` is 0, 1, 2; a list is what it says."""
+        seeds = tuple(range(given) if isinstance(given, int) else given)
+        if len(set(seeds)) != len(seeds) or not seeds:
+            self.wrong(place, "must be a number or a list of different seeds")
+        return seeds
 
     def column(self, label: str, node: Any, file: TableFile) -> Column:
         entries = self.entries(_expanded(node), ColumnFile, f"columns.{label}") or ColumnFile()
@@ -295,5 +321,5 @@ class _Reader:
 
 
 def _expanded(node: Any) -> Any:
-    """The long form of a row or a column that is written as a string."""
+    """The long form of what is written as a string."""
     return {"run": node} if isinstance(node, str) else node

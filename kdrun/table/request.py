@@ -101,7 +101,8 @@ def chosen_table(request: Request, catalogue: Catalogue) -> Table:
         _known([request.profile], list(table.profiles), "profile", table)
     _known(request.rows or [], [row.label for row in table.rows], "row", table)
     _known(request.columns or [], [column.label for column in table.columns], "column", table)
-    return table if request.seeds is None else replace(table, seeds=request.seeds)
+    of_profile = table.profiles[request.profile].seeds if request.profile else None
+    return replace(table, seeds=request.seeds or of_profile or table.seeds)
 
 
 def chosen_arms(request: Request, table: Table, catalogue: Catalogue) -> list[Arm]:
