@@ -196,9 +196,14 @@ def _networks(run: FinishedRun, context: Context) -> dict[str, nn.Module]:
             networks[role] = assembly.teachers[role]
             load_weights(networks[role], run.directory / f"{role}.safetensors")
         elif source in context.artefacts:
-            networks[role] = load_network(context, source)
-            if config[source]["mode"] == "batch_stats":
-                networks[role] = with_batch_statistics(networks[role])
+            try:
+                network = load_network(context, source)
+            except UserError as error:
+                # One that is built for the inputs of the run's own data set.
+                print(f"{role} is left out: {error}")
+                continue
+            statistics = config[source]["mode"] == "batch_stats"
+            networks[role] = with_batch_statistics(network) if statistics else network
     for epoch, ending in EPOCHS.items():
         if "alone" in context.artefacts:
             alone = build_untrained(config["student"], data, config["seed"])

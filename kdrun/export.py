@@ -71,6 +71,9 @@ def export(network: nn.Module, task: Task, batch: Batch, format: str, path: Path
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {path.parent}: {error.strerror or error}") from error
+    try:
         with torch.no_grad():
             expected = program(batch.inputs)
             written = _WRITERS[format](program, batch.inputs[:2], temporary)
