@@ -19,6 +19,8 @@ CHOICES = {
     "epoch": ("last", "best"),
     "test": ("t", "wilcoxon"),
     "direction": ("max", "min"),
+    "analysis": ("fidelity", "anova"),
+    "correction": ("none", "holm"),
 }
 """Options that take one of a few values."""
 
@@ -53,8 +55,11 @@ def main(words: Sequence[str], catalogue: Catalogue) -> int:
         UserError: something the user can mend.
     """
     options = read_options(words)
-    results = read_results(options, catalogue)
-    written = FORMATS[options.given.get("format", "text")](results)
+    if "analysis" in options.given:
+        written = analysis(options, catalogue)
+    else:
+        results = read_results(options, catalogue)
+        written = FORMATS[options.given.get("format", "text")](results)
     if "out" in options.given:
         path = Path(options.given["out"]).expanduser()
         write_atomically(path, written)
@@ -94,6 +99,25 @@ def read_options(words: Sequence[str]) -> Options:
     return options
 
 
+def analysis(options: Options, catalogue: Catalogue) -> str:
+    """The statistics that are asked for, as text.
+
+    ``fidelity``: the tests of ``kdrun.report.fidelity``, of a table, of runs, or of one CSV file.
+    ``anova``: how much of the variation of all results the rows and the columns explain.
+    """
+    from kdrun.report import fidelity, variance
+
+    first = Path(options.targets[0]).expanduser()
+    if options.given["analysis"] == "anova":
+        return variance.text(read_results(options, catalogue))
+    if first.suffix == ".csv" and first.is_file():
+        outcomes = fidelity.read_outcomes(first)
+    else:
+        outcomes = fidelity.outcomes_of(read_results(options, catalogue))
+    corrected = options.given.get("correction") == "holm"
+    return fidelity.text(fidelity.analyse(outcomes), corrected)
+
+
 def read_results(options: Options, catalogue: Catalogue) -> Results:
     """The results that are asked for.
 
@@ -117,7 +141,8 @@ def read_results(options: Options, catalogue: Catalogue) -> Results:
         meant = nearest(name, catalogue.choices("table"))
         hint = f" Did you mean the table {meant}?" if meant else ""
         raise UserError(f"{name}: neither a table nor a directory.{hint} (kdrun ls tables)")
-    given: dict[str, Any] = {k: v for k, v in options.given.items() if k not in ("format", "out")}
+    known = ("metric", "direction", "epoch", "baseline", "test")
+    given: dict[str, Any] = {key: options.given[key] for key in known if key in options.given}
     return results_of_runs(read_runs(find_runs(places)), title=" ".join(options.targets), **given)
 
 

@@ -286,12 +286,12 @@ def _records(results: Results) -> list[dict[str, Any]]:
 # -- spelling --------------------------------------------------------------------------------------
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows as aligned columns: the first to the left, numbers to the right."""
+def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Rows as aligned columns: the first ``left`` of them to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
+            cell.ljust(width) if i < left else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
