@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from kdrun.data.loader import Loader
+from kdrun.files import write_atomically
 from kdrun.outputs import Batch, ModelOutput
+from kdrun.tasks.task import Task
 
 if TYPE_CHECKING:
     from kdrun.stages.stage import Context
@@ -45,12 +49,42 @@ class Fidelity:
         }
 
 
+class Predictions:
+    """What each network says of every sample, where the task has one prediction per sample."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, list[Tensor]] = {}
+
+    def update(self, outputs: Mapping[str, ModelOutput], batch: Batch, task: Task) -> None:
+        """Add one batch: outputs by the network's name."""
+        said = {name: task.predictions(output) for name, output in outputs.items()}
+        if None in said.values():
+            return
+        self._keep("index", batch.index)
+        self._keep("target", batch.target)
+        for name, values in said.items():
+            for what, value in values.items():
+                self._keep(f"{name}/{what}", value)
+
+    def save(self, path: Path) -> None:
+        """Write them as safetensors, a row per sample in the order of the split; nothing where the
+        task has none."""
+        if self._parts:
+            rows = {name: torch.cat(parts) for name, parts in self._parts.items()}
+            write_atomically(path, safetensors.torch.save(rows))
+
+    def _keep(self, name: str, value: Tensor) -> None:
+        value = value.cpu()
+        self._parts.setdefault(name, []).append(value if value.is_floating_point() else value.int())
+
+
 @torch.no_grad()
 def evaluate(
     networks: Mapping[str, nn.Module],
     context: Context,
     split: Callable[..., Loader],
     reference: str | None = None,
+    predictions: Predictions | None = None,
 ) -> dict[str, dict[str, float]]:
     """Run several networks over one split, in one pass over the data.
 
@@ -61,6 +95,7 @@ def evaluate(
         context: the run, for the task and the device.
         split: ``context.data.validation`` or ``context.data.test``.
         reference: name of the network that the others' fidelity is measured against.
+        predictions: where to keep what the networks say of each sample; None: nowhere.
 
     Returns:
         Metrics by network: the task's, and ``kl`` and ``agreement`` where there is a reference.
@@ -79,6 +114,8 @@ def evaluate(
         if context.limit_batches is not None and number == context.limit_batches:
             break
         outputs = {name: context.task.forward(network, batch) for name, network in networks.items()}
+        if predictions is not None:
+            predictions.update(outputs, batch, context.task)
         for name, output in outputs.items():
             context.task.update_metrics(metrics[name], output, batch)
             if name in fidelity:

@@ -56,6 +56,7 @@ def test_the_directory_is_named_by_its_content(root: Path, finished) -> None:
     assert files == {
         *("config.yaml", "overrides.txt", "env.json", "log.txt", "artefact.json"),
         *("last.ckpt", "metrics.csv", "training.json", "result.json"),
+        "predictions.safetensors",
         *("student.safetensors", "student_best.safetensors"),
     }
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import nn
 
+from kdrun import distributed
 from kdrun.checkpoints import load_weights
-from kdrun.evaluation import evaluate, parameter_count
+from kdrun.evaluation import Predictions, evaluate, parameter_count
 from kdrun.files import read_json
 from kdrun.stages.distil import assemble_run
 from kdrun.stages.stage import Context, Stage
@@ -39,7 +40,10 @@ class Evaluate(Stage):
             deployed = copy.deepcopy(assembly.deployed())
             load_weights(deployed, context.artefacts["distil"].path(f"student{ending}.safetensors"))
             networks[f"distilled/{epoch}"] = deployed
-        result = results_on_test(context, networks)
+        predictions = Predictions()
+        result = results_on_test(context, networks, predictions)
+        if distributed.rank() == 0:
+            predictions.save(directory / "predictions.safetensors")
         for role, stage in (("teacher", "teacher"), ("alone", "alone"), ("distilled", "distil")):
             if role in result and stage in context.artefacts:
                 training = read_json(context.artefacts[stage].path("training.json"))
@@ -49,19 +53,22 @@ class Evaluate(Stage):
         context.result["objective"] = training["validation"]["best"][context.task.objective]
 
 
-def results_on_test(context: Context, networks: Mapping[str, nn.Module]) -> dict[str, Any]:
+def results_on_test(
+    context: Context, networks: Mapping[str, nn.Module], predictions: Predictions | None = None
+) -> dict[str, Any]:
     """The metrics of several networks on the test split, in the form of ``result.json``.
 
     Args:
         context: the run.
         networks: by ``<role>`` or, where a role comes with several weights, ``<role>/<epoch>``;
             where there is a ``teacher``, the agreement of all others with it is measured.
+        predictions: where to keep what the networks say of each sample; None: nowhere.
 
     Returns:
         By role: name and size of the network, and its metrics as ``test`` or ``test_<epoch>``.
     """
     reference = "teacher" if "teacher" in networks else None
-    metrics = evaluate(networks, context, context.data.test, reference)
+    metrics = evaluate(networks, context, context.data.test, reference, predictions)
     result: dict[str, Any] = {}
     for label, network in networks.items():
         role, _, epoch = label.partition("/")

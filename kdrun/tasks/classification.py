@@ -80,6 +80,11 @@ class Classification(Task):
         values = {name: float(value) for name, value in metrics.compute().items()}
         return {name: v if name == "loss" else 100.0 * v for name, v in values.items()}
 
+    def predictions(self, output: ModelOutput) -> dict[str, Tensor]:
+        """The ``prediction``, a class id, and its probability as ``confidence``."""
+        confidence, prediction = output.logits.float().softmax(-1).max(-1)
+        return {"prediction": prediction, "confidence": confidence}
+
     def chance(self) -> tuple[float, float] | None:
         """Guessing: 100 / C percent, and half of that again as the margin."""
         return 100.0 / self.num_classes, 50.0 / self.num_classes

@@ -46,6 +46,11 @@ class Task:
         """The values of the metrics by name, in the units that are reported."""
         raise NotImplementedError
 
+    def predictions(self, output: ModelOutput) -> dict[str, Tensor] | None:
+        """What a network says of each sample, ``(B,)`` values by name, kept for reports; None where
+        a sample has more than one prediction."""
+        return None
+
     def chance(self) -> tuple[float, float] | None:
         """Value of the objective for a network that knows nothing, and the margin above it that one
         should exceed; None where chance has no meaning. Used to refuse a useless teacher."""
