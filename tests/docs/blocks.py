@@ -55,7 +55,9 @@ class Command:
     def is_run(self) -> bool:
         """Whether it trains: ``kdrun`` with overrides instead of a verb."""
         words = self.words
-        return bool(words) and ("=" in words[0] or words[0].startswith("-m"))
+        while words[:1] == ["--config-dir"]:
+            words = words[2:]
+        return bool(words) and ("=" in words[0] or words[0] == "-m")
 
 
 @dataclass(frozen=True)

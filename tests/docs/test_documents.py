@@ -73,7 +73,9 @@ def assert_same_shape(shown: str, printed: str) -> None:
     rest = iter(map(masked, printed.splitlines()))
     for line in shown.splitlines():
         if line.strip() and line.strip() != ELISION:
-            assert masked(line) in rest, f"not printed: {line}\nprinted:\n{printed}"
+            pattern = ".*".join(map(re.escape, masked(line).split(ELISION)))
+            found = any(re.fullmatch(pattern, other) for other in rest)
+            assert found, f"not printed: {line}\nprinted:\n{printed}"
 
 
 def masked(line: str) -> str:
@@ -139,6 +141,8 @@ def test_commands_and_options_in_running_text(
         is_command = words[0] == "kdrun"
         words = words[1:] if is_command else words
         is_run = all(re.match(r"[\w.]+=.", word) for word in words if word != "-m")
+        if is_command and len(words) == 1 and words[0] in cli.available_verbs():
+            continue  # the name of a command
         if any(ELISION in word or word.isupper() or "<" in word for word in words):
             continue  # something is left for the reader to fill in
         if words and is_run:
