@@ -127,8 +127,10 @@ def build_untrained(node: Mapping[str, Any], data: DataModule, seed: int) -> nn.
 def sample_batch(data: DataModule, views: tuple[str, ...] = ()) -> Batch:
     """Two training samples on the CPU, not augmented."""
     cpu = torch.device("cpu")
-    loader = data.train(batch_size=2, seed=0, device=cpu, views=views, augment=False, shuffle=False)
     with cpu:  # Also where networks are being built without numbers.
+        loader = data.train(
+            batch_size=2, seed=0, device=cpu, views=views, augment=False, shuffle=False
+        )
         return next(iter(loader))
 
 

@@ -89,8 +89,10 @@ def check(config: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
     others = {role: network for role, network in networks.items() if role != STUDENT}
     counts = {role: parameter_count(network) for role, network in networks.items()}
     fitting = {"task": task, "data": data, "seed": config["seed"], "device": device}
-    with _place(device):
+    with _noting(problems), _place(device):
         assembly = assemble(method, networks[STUDENT], others, **fitting)
+    if problems:
+        raise ConfigErrors(problems)
     if config["teacher"]["cache"] != "none":
         refuse_unrecordable(config["teacher"], method, data.num_classes)
     directory = run_directory(config, names)

@@ -218,6 +218,7 @@ def test_a_run_contacts_nobody(tmp_path: Path, name: str) -> None:
     assert (tmp_path / "mlflow").is_dir() == (name == "mlflow")
 
 
+@pytest.mark.slow
 def test_csv_imports_no_logger(tmp_path: Path) -> None:
     words = [*WORDS, f"output_dir={tmp_path}", "dry=true"]
     code = (

@@ -47,7 +47,8 @@ def build_model(
             known |= {"in_channels": input_shape[0], "image_size": input_shape[-1]}
     parameters = inspect.signature(resolve(target)).parameters
     wanted = [name for name in known if name in parameters and node.get(name) is None]
-    if "in_channels" in parameters and "in_channels" not in known | node:
+    lacks_channels = "in_channels" not in known and node.get("in_channels") is None
+    if "in_channels" in parameters and lacks_channels:
         raise UserError(
             f"{target} reads images, but a sample of this data set has shape {input_shape}; "
             "choose another network, such as mlp"
