@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from types import FrameType, TracebackType
+from typing import ClassVar
 
 
 class Stopped(Exception):
@@ -21,7 +22,12 @@ class SignalWatch:
     The training loop reads that attribute once a step. A second signal falls through to the
     previous handler, so an impatient user can always end the process. Outside the main thread,
     where Python cannot install handlers, the watch does nothing.
+
+    Watches may be nested (a table around its runs): all that are active receive a signal, so that
+    none is lost with a run that ends before it has looked.
     """
+
+    _active: ClassVar[list[SignalWatch]] = []
 
     def __init__(self) -> None:
         self.received: int = 0
@@ -31,6 +37,7 @@ class SignalWatch:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._handle)
+            self._active.append(self)
         return self
 
     def __exit__(
@@ -39,16 +46,21 @@ class SignalWatch:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self not in self._active:
+            return
         # Also after a signal: a trainer that was running then has put back what it had found.
-        self._restore()
-        self._previous = {}
+        self._restore(all_of_them=bool(self.received))
+        self._active.remove(self)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        self._restore()
+        for watch in self._active:
+            watch.received = number
+        self._restore(all_of_them=True)
 
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
+    def _restore(self, all_of_them: bool) -> None:
+        """Put back what this watch, or the outermost one, has found."""
+        found = self._active[0] if all_of_them else self
+        for number, handler in found._previous.items():
             signal.signal(number, handler)
 
     def raise_if_received(self) -> None:

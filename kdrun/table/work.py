@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from kdrun.catalogue import Catalogue
 from kdrun.errors import Interrupted, UserError
+from kdrun.interruption import SignalWatch
 from kdrun.redaction import redact
 from kdrun.table.cells import Cell
 from kdrun.table.progress import ERROR, FINISHED, claim, failed_since
@@ -49,21 +50,25 @@ def work(
         Interrupted: a signal stopped a run after it was saved.
     """
     tried: set[Cell] = set()
-    while True:
-        left = [cell for cell in cells if not (cell.directory / FINISHED).is_file()]
-        failed = [cell for cell in left if cell in tried or failed_since(cell, began)]
-        untried = [cell for cell in left if cell not in failed]
-        if not untried or (fail_fast and failed):
-            return
-        for cell in untried:
-            with claim(cell) as claimed:
-                if claimed:
-                    tried.add(cell)
-                    _attempt(cell, run, view, began)
-                    break
-        else:
-            view.waiting(len(untried))
-            time.sleep(poll_seconds)
+    with SignalWatch() as watch:
+        while True:
+            # A run that was already failing, or ending, has not looked at the signal.
+            if watch.received:
+                raise Interrupted("kdrun table", signal_number=watch.received)
+            left = [cell for cell in cells if not (cell.directory / FINISHED).is_file()]
+            failed = [cell for cell in left if cell in tried or failed_since(cell, began)]
+            untried = [cell for cell in left if cell not in failed]
+            if not untried or (fail_fast and failed):
+                return
+            for cell in untried:
+                with claim(cell) as claimed:
+                    if claimed:
+                        tried.add(cell)
+                        _attempt(cell, run, view, began)
+                        break
+            else:
+                view.waiting(len(untried))
+                time.sleep(poll_seconds)
 
 
 def _attempt(cell: Cell, run: Run, view: View, began: float) -> None:

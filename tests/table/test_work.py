@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from kdrun.errors import Interrupted, UserError
+from kdrun.interruption import SignalWatch
 from kdrun.table.cells import Cell
 from kdrun.table.progress import Board, State
 from kdrun.table.work import work
@@ -102,6 +104,25 @@ def test_an_interruption_ends_the_work_and_is_no_failure(
         work(cells, failing(runs, "DKD", Interrupted("kdrun")), view, began=time.time())
     assert not Board(cells).of(State.FAILED)
     assert len(Board(cells).of(State.DONE)) == 2
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_a_signal_is_not_lost_with_the_run_that_was_at_work(
+    cells: list[Cell], runs: Run, view: Recorder, watched: bool
+) -> None:
+    """The run watches for signals but fails before it looks; the table stops all the same."""
+
+    def run(words: list[str]) -> None:
+        with SignalWatch() if watched else contextlib.nullcontext():
+            signal.raise_signal(signal.SIGTERM)
+            raise ValueError("no")
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted) as caught:
+        work(cells, run, view, began=time.time())
+    assert caught.value.exit_code == 143
+    assert Board(cells).of(State.FAILED) == cells[:1]
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 WORKER = """
