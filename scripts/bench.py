@@ -240,7 +240,7 @@ def bench_startup(runs: int) -> None:
         "kdrun method.temprature=2 (an error)": ["method.temprature=2"],
         "kdrun dry=true teacher=mlp student=mlp": ["dry=true", "teacher=mlp", "student=mlp"],
     }
-    program = [sys.executable, "-m", "kdrun"]
+    program = [str(Path(sys.executable).with_name("kdrun"))]
     for title, words in commands.items():
         seconds = []
         for _ in range(runs + 1):
