@@ -128,6 +128,7 @@ def test_the_commands(finished, tmp_path: Path, capsys) -> None:
 # -- methods that change the student ---------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_student_that_its_method_rebuilt(tmp_path: Path, inputs, capsys) -> None:
     """SimKD ships a projector and the teacher's classifier inside the student."""
     words = ("method=simkd", "student=small_cnn", "teacher=small_cnn", "student.widths=[4,8,8]")

@@ -520,9 +520,9 @@ slow = pytest.mark.slow
 @pytest.mark.parametrize(
     "word",
     [
-        "training.ema=0.9",
+        pytest.param("training.ema=0.9", marks=slow),
         "trainer.precision=64",
-        "trainer.precision=bf16",
+        pytest.param("trainer.precision=bf16", marks=slow),
         "training.optimizer={_target_:torch.optim.AdamW,lr:0.003}",
         pytest.param("training.clip_norm=0.5", marks=slow),
         pytest.param("training.label_smoothing=0.1", marks=slow),

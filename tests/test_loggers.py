@@ -73,6 +73,7 @@ def test_a_missing_package_is_one_line(directory: Path, monkeypatch, name: str) 
     assert list(directory.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_logger_that_cannot_start_is_one_line(directory: Path) -> None:
     pytest.importorskip("mlflow")
     with pytest.raises(UserError, match="logger=mlflow cannot start: ") as caught:
