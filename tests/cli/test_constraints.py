@@ -49,7 +49,7 @@ from kdrun.errors import ConfigErrors
         (["teacher.finetune=true"], "teacher.finetune: there are no weights to start from"),
         (
             ["teacher.cache=logits", "teacher.mode=batch_stats"],
-            "teacher.cache: with teacher.mode=batch_stats the teacher's outputs depend on the batch",
+            "teacher.cache: with teacher.mode=batch_stats the teacher's outputs depend on",
         ),
         (
             ["teacher.cache=topk", "teacher.cache_views=9", "training.epochs=3"],
