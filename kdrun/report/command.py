@@ -12,7 +12,7 @@ from kdrun.errors import UserError
 from kdrun.files import write_atomically
 from kdrun.report.formats import FORMATS
 from kdrun.report.results import Results, results_of_runs
-from kdrun.report.runs import find_runs, read_runs
+from kdrun.report.runs import RESULT, find_runs, read_run, read_runs
 
 CHOICES = {
     "format": tuple(FORMATS),
@@ -55,6 +55,9 @@ def main(words: Sequence[str], catalogue: Catalogue) -> int:
         UserError: something the user can mend.
     """
     options = read_options(words)
+    if options.html:
+        print(write_page(options, catalogue))
+        return 0
     if "analysis" in options.given:
         written = analysis(options, catalogue)
     else:
@@ -67,6 +70,29 @@ def main(words: Sequence[str], catalogue: Catalogue) -> int:
     else:
         print(written.rstrip("\n"))
     return 0
+
+
+def write_page(options: Options, catalogue: Catalogue) -> Path:
+    """Write the page of a table or of runs; returns where: ``out``, or beside what it shows."""
+    from kdrun.report.pages import run_page, table_page
+    from kdrun.table.request import read_request
+
+    refused = [key for key in ("format", "analysis") if key in options.given]
+    if refused:
+        raise UserError(f"{refused[0]}: a page has everything; leave out --html or this")
+    first = Path(options.targets[0]).expanduser()
+    if options.targets[0] in catalogue.choices("table"):
+        place = read_request([options.targets[0], *options.words]).folder / "index.html"
+    else:
+        place = first / "report.html"
+    if "out" in options.given:
+        place = Path(options.given["out"]).expanduser()
+    if len(options.targets) == 1 and (first / RESULT).is_file():
+        page = run_page(read_run(first))
+    else:
+        page = table_page(read_results(options, catalogue), place.parent)
+    write_atomically(place, page)
+    return place
 
 
 def read_options(words: Sequence[str]) -> Options:

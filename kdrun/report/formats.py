@@ -23,7 +23,7 @@ TESTS = {"t": "paired t-test over seeds", "wilcoxon": "Wilcoxon's signed-rank te
 
 def text(results: Results) -> str:
     """For a terminal: a block of lines for each column of the table."""
-    parts = ["\n".join([_heading(results), *_notes(results)])]
+    parts = ["\n".join([_heading(results), *notes(results)])]
     for column in results.columns:
         entries = [results.cells[row, column] for row in results.rows]
         header = ["", entries[0].metric, "n", *_titles(entries), "trained in"]
@@ -47,7 +47,7 @@ def text(results: Results) -> str:
 def markdown(results: Results) -> str:
     """An overview of means, and a table of all that is known of every cell."""
     lines = [f"# {_markdown(_heading(results))}", ""]
-    lines += [f"- {_markdown(note)}" for note in _notes(results)]
+    lines += [f"- {_markdown(note)}" for note in notes(results)]
     matrix = _matrix(results, bold="**{}**".format, escape=_markdown)
     lines += ["", *_markdown_rows(matrix, align="l" + "r" * len(results.columns))]
     lines += ["", "## Details", ""]
@@ -58,7 +58,7 @@ def markdown(results: Results) -> str:
 
 def latex(results: Results) -> str:
     """Two tables for the package booktabs: the overview and the details."""
-    notes = " ".join(f"{_latex(note)}." for note in _notes(results))
+    remarks = " ".join(f"{_latex(note)}." for note in notes(results))
     matrix = _matrix(results, bold=r"\textbf{{{}}}".format, escape=_latex)
     details = [[_latex(cell) for cell in row] for row in _details(results)]
     return "\n".join(
@@ -66,10 +66,10 @@ def latex(results: Results) -> str:
             "% needs \\usepackage{booktabs}",
             *_latex_rows(matrix, "l" + "r" * len(results.columns)),
             f"% {_heading(results)}",
-            *(f"% {note}" for note in _notes(results)),
+            *(f"% {note}" for note in notes(results)),
             "",
             *_latex_rows(details, "llrrrrrr"),
-            f"\\par\\smallskip\\footnotesize {notes}",
+            f"\\par\\smallskip\\footnotesize {remarks}",
             "",
         ]
     )
@@ -191,16 +191,17 @@ def _heading(results: Results) -> str:
     return f"{results.title}: {results.description}" if results.description else results.title
 
 
-def _notes(results: Results) -> list[str]:
-    notes = [SHRUNK.format(profile=results.profile)] if results.profile else []
-    notes += [PROTOCOLS[name] for name in results.protocols]
+def notes(results: Results) -> list[str]:
+    """What must be known to read a table: its protocol, metric, test and sources."""
+    lines = [SHRUNK.format(profile=results.profile)] if results.profile else []
+    lines += [PROTOCOLS[name] for name in results.protocols]
     better = {e.metric: "larger" if e.direction == "max" else "smaller" for e in results.entries}
     metrics = ", ".join(f"{metric} ({side} is better)" for metric, side in better.items())
-    notes.append(f"test {metrics}: mean ± standard deviation over n runs; {EPOCHS[results.epoch]}")
+    lines.append(f"test {metrics}: mean ± standard deviation over n runs; {EPOCHS[results.epoch]}")
     if _tested(results.entries):
-        notes.append(f"p: {TESTS[results.test]}, two-sided, not corrected; ?: cannot be decided")
-    notes += [f"published: {source}" for source in results.sources]
-    return notes
+        lines.append(f"p: {TESTS[results.test]}, two-sided, not corrected; ?: cannot be decided")
+    lines += [f"published: {source}" for source in results.sources]
+    return lines
 
 
 def _matrix(

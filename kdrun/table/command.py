@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shlex
 import sys
 import time
@@ -77,11 +78,17 @@ def main(words: Sequence[str], flags: Sequence[str], catalogue: Catalogue) -> in
 
 
 def write_all(results: Results, request: Request) -> str:
-    """Write the table in every format beside the runs; returns where."""
+    """Write the table in every format, as a page too where it can be drawn; returns where."""
     for name, spell in FORMATS.items():
         write_atomically(request.folder / f"table.{ENDINGS[name]}", spell(results))
     endings = ",".join(ENDINGS.values())
-    return f"{request.folder}/table.{{{endings}}}"
+    places = f"{request.folder}/table.{{{endings}}}"
+    if importlib.util.find_spec("matplotlib") is None:
+        return places
+    from kdrun.report.pages import table_page
+
+    write_atomically(request.folder / "index.html", table_page(results, request.folder))
+    return f"{places}\n{request.folder}/index.html"
 
 
 def dry_run(board: Board, title: str) -> str:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 from kdrun.report.runs import Run, read_run
@@ -37,7 +38,7 @@ def write_run(
         "protocol": protocol,
         "metric": "accuracy",
         "direction": "max",
-        "command": f"kdrun method={method} {words} seed={seed}",
+        "command": shlex.join(["kdrun", f"method={method}", *words.split(), f"seed={seed}"]),
         "artefacts": {"teacher": teacher, "alone": alone or f"network/a{seed}"},
         "seconds": 12.0,
         "networks": {

@@ -1,0 +1,290 @@
+"""Figures of reports, drawn by matplotlib as SVG that takes its colours from the page.
+
+Colours are stand-ins that ``_page_colours`` replaces by the page's variables, so that one drawing
+serves light and dark; text stays text, and no two drawings share an id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kdrun.errors import UserError
+from kdrun.report.details import Reliability
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, FAINT = "#010203", "#040506"
+SERIES = tuple(f"#0a0b{number:02x}" for number in range(10, 18))
+"""Stand-ins for the page's colours: text, lines of the grid, and eight colours of data."""
+
+WIDTH, HEIGHT = 4.6, 3.0
+"""Inches of 72 units; a drawing fits the width of a phone without being shrunk."""
+
+STYLE = {
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+    "text.color": INK,
+    "text.parse_math": False,  # labels are what users typed
+    "axes.labelcolor": INK,
+    "axes.edgecolor": FAINT,
+    "axes.grid": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.labelsize": 9,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.6,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "legend.fontsize": 8.5,
+    "legend.frameon": False,
+    "lines.linewidth": 1.7,
+    "font.family": "sans-serif",
+    "svg.fonttype": "none",
+    "svg.hashsalt": "kdrun",
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve with a band.
+
+    Attributes:
+        label: what it shows.
+        x: ``(N,)``; ``mean`` likewise.
+        low: lower end of the band, and ``high`` its upper; None: no band.
+        colour: number of its colour.
+        reference: drawn dashed.
+    """
+
+    label: str
+    colour: int
+    x: np.ndarray
+    mean: np.ndarray
+    low: np.ndarray | None = None
+    high: np.ndarray | None = None
+    reference: bool = False
+
+
+@dataclass(frozen=True)
+class Point:
+    """One row of a comparison: mean, deviation and published number; None where unknown."""
+
+    label: str
+    mean: float | None
+    std: float | None
+    published: float | None
+    reference: bool = False
+
+
+def curves(title: str, lines: Sequence[Line], y: str) -> str:
+    """Curves over epochs, with bands."""
+    with _styled():
+        figure, axes = _figure(HEIGHT + 0.14 * len(lines))
+        for line in lines:
+            colour = SERIES[line.colour % len(SERIES)]
+            dashes = "--" if line.reference else "-"
+            # One epoch alone is a point.
+            mark = "o" if len(line.x) == 1 else None
+            axes.plot(line.x, line.mean, dashes, color=colour, marker=mark, label=line.label)
+            if line.low is not None and line.high is not None:
+                axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.18, lw=0)
+        axes.set(title=title, xlabel="epoch", ylabel=y)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        _legend(figure, axes)
+        return _svg(figure, f"{title}: {y} over epochs")
+
+
+def comparison(title: str, points: Sequence[Point], x: str) -> str:
+    """Rows with their deviations, and published numbers beside them."""
+    with _styled():
+        figure, axes = _figure(0.9 + 0.24 * len(points))
+        places = np.arange(len(points))[::-1]
+        for place, point in zip(places, points, strict=True):
+            colour = SERIES[1] if point.reference else SERIES[0]
+            if point.mean is not None:
+                spread = point.std or 0.0
+                axes.errorbar(point.mean, place, xerr=spread, fmt="o", color=colour, capsize=2.5)
+            if point.published is not None:
+                axes.plot(point.published, place, "x", color=SERIES[2], markersize=6)
+        for point in points:
+            if point.reference and point.mean is not None:
+                axes.axvline(point.mean, color=SERIES[1], linewidth=0.8, linestyle=":")
+        axes.set_yticks(places, [point.label for point in points])
+        axes.set_ylim(-0.7, len(points) - 0.3)
+        axes.set(title=title, xlabel=x)
+        axes.grid(axis="y", visible=False)
+        return _svg(figure, f"{title}: {x} of each row")
+
+
+def reliability_diagram(
+    title: str, networks: Mapping[str, Reliability], colours: Mapping[str, int]
+) -> str:
+    """Confidence against accuracy; the diagonal is perfect calibration."""
+    with _styled():
+        figure, axes = _figure(HEIGHT + 0.14 * len(networks))
+        axes.plot([0, 1], [0, 1], ":", color=INK, linewidth=1)
+        for label, found in networks.items():
+            colour = SERIES[colours[label] % len(SERIES)]
+            axes.plot(found.confidence, found.accuracy, color=colour, linewidth=1)
+            axes.scatter(found.confidence, found.accuracy, 6 + 120 * found.share, color=colour)
+            axes.plot([], [], "o-", color=colour, label=f"{label} (ECE {found.error:.1f}%)")
+        axes.set(
+            title=title, xlabel="confidence", ylabel="accuracy", xlim=(0, 1.03), ylim=(0, 1.03)
+        )
+        _legend(figure, axes)
+        return _svg(figure, f"{title}: reliability diagram")
+
+
+def heatmap(
+    title: str, matrix: np.ndarray, labels: Sequence[str], x: str, y: str, low: float = 0.0
+) -> str:
+    """Percentages from ``low`` on as colours, and as numbers where there is room."""
+    with _styled():
+        size = len(labels)
+        figure, axes = _figure(4.4 if size > 6 else 3.4)
+        axes.imshow(matrix, cmap="viridis", vmin=low, vmax=100)
+        axes.grid(visible=False)
+        shown = range(size) if size <= 25 else range(0, size, -(-size // 20))
+        turned = 90 if max(map(len, labels), default=0) > 2 else 0
+        axes.set_xticks(list(shown), [labels[i] for i in shown], rotation=turned)
+        axes.set_yticks(list(shown), [labels[i] for i in shown])
+        axes.set(title=title, xlabel=x, ylabel=y)
+        if size <= 12:
+            for i in range(size):
+                for j in range(size):
+                    dark = matrix[i, j] < low + 0.6 * (100 - low)
+                    value = f"{matrix[i, j]:.0f}" if matrix[i, j] >= 0.5 else ""
+                    colour = "white" if dark else "black"
+                    axes.text(j, i, value, ha="center", va="center", fontsize=7, color=colour)
+        return _svg(figure, f"{title}: {y} by {x}, percent")
+
+
+def shares(title: str, epochs: np.ndarray, terms: Mapping[str, np.ndarray]) -> str:
+    """What share of the loss each weighted term makes up, over epochs."""
+    with _styled():
+        figure, axes = _figure(HEIGHT + 0.14 * len(terms))
+        size = np.abs(np.stack(list(terms.values())))
+        parts = 100 * size / np.maximum(size.sum(0), 1e-12)
+        colours = [SERIES[number % len(SERIES)] for number in range(len(terms))]
+        if len(epochs) == 1:
+            bottom = 0.0
+            for part, name, colour in zip(parts, terms, colours, strict=True):
+                axes.bar([epochs[0]], part, bottom=bottom, color=colour, label=name, width=0.5)
+                bottom += float(part[0])
+            axes.set_xlim(epochs[0] - 1, epochs[0] + 1)
+        else:
+            axes.stackplot(epochs, parts, labels=list(terms), colors=colours, alpha=0.85)
+        axes.set(title=title, xlabel="epoch", ylabel="share of the loss, %", ylim=(0, 100))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        _legend(figure, axes)
+        return _svg(figure, f"{title}: shares of the loss over epochs")
+
+
+def bars(title: str, values: Mapping[str, float], x: str) -> str:
+    """Percentages side by side."""
+    with _styled():
+        figure, axes = _figure(0.9 + 0.3 * len(values))
+        places = np.arange(len(values))[::-1]
+        axes.barh(places, list(values.values()), color=SERIES[0], height=0.6)
+        for place, value in zip(places, values.values(), strict=True):
+            axes.text(value + 1, place, f"{value:.1f}", va="center", fontsize=8.5)
+        axes.set_yticks(places, list(values))
+        axes.set(title=title, xlabel=x, xlim=(0, max(100, 1.1 * max(values.values()))))
+        axes.grid(axis="y", visible=False)
+        return _svg(figure, title)
+
+
+def sensitivity(
+    title: str, points: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str
+) -> str:
+    """A result against one option: every run, and the mean at each value, for each method."""
+    with _styled():
+        figure, axes = _figure(HEIGHT + 0.14 * len(points))
+        values = np.array([value for found in points.values() for value, _ in found])
+        for number, (label, found) in enumerate(points.items()):
+            colour = SERIES[number % len(SERIES)]
+            array = np.array(sorted(found))
+            axes.scatter(array[:, 0], array[:, 1], 14, color=colour, alpha=0.6)
+            places = np.unique(array[:, 0])
+            means = [array[array[:, 0] == place, 1].mean() for place in places]
+            axes.plot(places, means, color=colour, label=label)
+        if values.min() > 0 and values.max() / values.min() >= 30:
+            axes.set_xscale("log")
+        axes.set(title=title, xlabel=x, ylabel=y)
+        _legend(figure, axes)
+        return _svg(figure, f"{title}: {y} against {x}")
+
+
+# -- drawing ---------------------------------------------------------------------------------------
+
+
+def _styled() -> AbstractContextManager[None]:
+    try:
+        from matplotlib import rc_context
+    except ImportError:
+        raise UserError("pages need matplotlib: pip install 'kdrun[report]'") from None
+    return rc_context(STYLE)
+
+
+def _figure(height: float) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    """Below the axes, where it never hides data."""
+    handles, labels = axes.get_legend_handles_labels()
+    if labels:
+        columns = 2 if max(map(len, labels)) < 22 else 1
+        figure.legend(handles, labels, loc="outside lower left", ncols=columns)
+
+
+def _svg(figure: Figure, description: str) -> str:
+    """The drawing as an ``<svg>`` element for a page."""
+    stream = io.StringIO()
+    figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+    text = stream.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
+    head, end, body = text.partition(">")
+    box = re.search(r'viewBox="[^"]*"', head)
+    label = description.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
+    head = f'<svg {box[0]} role="img" aria-label="{label}"'
+    return _page_colours(_without_ids(head + end + body)).strip()
+
+
+def _without_ids(text: str) -> str:
+    """Ids that nothing refers to go; the others get a name that no other drawing has."""
+    used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', text))
+    prefix = f"d{hashlib.sha256(text.encode()).hexdigest()[:8]}-"
+
+    def replaced(found: re.Match[str]) -> str:
+        return f' id="{prefix}{found[1]}"' if found[1] in used else ""
+
+    text = re.sub(r' id="([^"]*)"', replaced, text)
+    return re.sub(r'(url\(#|href="#)', rf"\g<1>{prefix}", text)
+
+
+def _page_colours(text: str) -> str:
+    names = {INK: "--ink", FAINT: "--line"}
+    names |= {colour: f"--data{number}" for number, colour in enumerate(SERIES)}
+    for colour, name in names.items():
+        text = text.replace(colour, f"var({name})")
+    return re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1; font-family: inherit", text)
