@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from kdrun.catalogue import Catalogue, listing, nearest
-from kdrun.errors import UserError
+from kdrun.config import compose
+from kdrun.errors import ConfigErrors, UserError
 from kdrun.files import write_atomically
+from kdrun.identity import run_directory
+from kdrun.report import sweeps
 from kdrun.report.formats import FORMATS
 from kdrun.report.results import Results, results_of_runs
-from kdrun.report.runs import RESULT, find_runs, read_run, read_runs
+from kdrun.report.runs import RESULT, Run, find_runs, read_run, read_runs
+from kdrun.report.sweeps import Trial, is_sweep
 
 CHOICES = {
     "format": tuple(FORMATS),
@@ -60,6 +64,9 @@ def main(words: Sequence[str], catalogue: Catalogue) -> int:
         return 0
     if "analysis" in options.given:
         written = analysis(options, catalogue)
+    elif is_sweep(Path(options.targets[0])) and "format" not in options.given:
+        directory = Path(options.targets[0])
+        written = sweeps.text(directory, trials_of(directory, catalogue))
     else:
         results = read_results(options, catalogue)
         written = FORMATS[options.given.get("format", "text")](results)
@@ -169,7 +176,39 @@ def read_results(options: Options, catalogue: Catalogue) -> Results:
         raise UserError(f"{name}: neither a table nor a directory.{hint} (kdrun ls tables)")
     known = ("metric", "direction", "epoch", "baseline", "test")
     given: dict[str, Any] = {key: options.given[key] for key in known if key in options.given}
-    return results_of_runs(read_runs(find_runs(places)), title=" ".join(options.targets), **given)
+    runs: dict[Path, Run] = {}
+    for place in places:
+        found = [trial.run for trial in trials_of(place, catalogue)] if is_sweep(place) else None
+        known = read_runs(find_runs([place])) if found is None else filter(None, found)
+        runs |= {run.directory.resolve(): run for run in known}
+    if not runs:
+        raise UserError(f"{name}: no finished run in or below it")
+    return results_of_runs(list(runs.values()), title=" ".join(options.targets), **given)
+
+
+def trials_of(sweep: Path, catalogue: Catalogue) -> list[Trial]:
+    """The runs of a sweep with their results, wherever those lie.
+
+    A run's directory follows from its command. It is looked for where the sweep was started, as far
+    as that can be told: here, or above ``<output_dir>/sweeps/<sweep>``.
+    """
+    trials = []
+    for record in sweeps.read_records(sweep):
+        words = record["words"]
+        found = None
+        try:
+            config = compose(words, catalogue)
+        except ConfigErrors:
+            config = None  # The config files have changed since.
+        if config is not None:
+            directory = run_directory(config.values, config.names)
+            for root in (Path(), sweep.resolve().parents[2]):
+                if (root / directory / RESULT).is_file():
+                    found = read_run(root / directory)
+                    break
+        known = {key: record[key] for key in ("number", "status", "objective", "seconds", "error")}
+        trials.append(Trial(words=tuple(words), run=found, **known))
+    return trials
 
 
 def _of_table(name: str, options: Options, catalogue: Catalogue) -> Results:

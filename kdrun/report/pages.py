@@ -57,9 +57,10 @@ def table_page(results: Results, place: Path) -> str:
     runs = list({run.directory: run for e in results.entries for run in e.runs}.values())
     sections = [("Overview", "overview"), ("Details", "details")]
     sections += [(TITLES[name], name) for name, found in figures.items() if found]
-    details = [
-        _detail(results.cells[row, column]) for column in results.columns for row in results.rows
-    ]
+    heads, details = _without_empty_columns(
+        HEADS,
+        [_detail(results.cells[row, column]) for column in results.columns for row in results.rows],
+    )
     return _render(
         "table.html",
         title=results.title,
@@ -70,7 +71,7 @@ def table_page(results: Results, place: Path) -> str:
         columns=results.columns,
         matrix=[_matrix_line(results, row) for row in results.rows],
         any_published=any(entry.published is not None for entry in results.entries),
-        heads=HEADS,
+        heads=heads,
         details=details,
         drawings=figures,
         curves_note=drawings.CURVES,
@@ -178,6 +179,15 @@ def _detail(entry: Entry) -> dict[str, Any]:
         "known": entry.mean is not None,
         "reference": entry.network != "distilled",
     }
+
+
+def _without_empty_columns(
+    heads: Sequence[str], lines: list[dict[str, Any]]
+) -> tuple[list[str], list[dict[str, Any]]]:
+    """Columns of the details in which something stands."""
+    used = [i for i in range(len(heads)) if any(line["cells"][i].text for line in lines)]
+    shown = [line | {"cells": [line["cells"][i] for i in used]} for line in lines]
+    return [heads[i] for i in used], shown
 
 
 def _networks(run: Run) -> tuple[list[str], list[list[Cell]]]:
