@@ -112,11 +112,12 @@ def test_commands(block: Block, tmp_path: Path) -> None:
 
 
 def assert_composes(command: Command) -> None:
-    """The command's config is found without fault."""
+    """The command's config is found without fault; an extra that is not installed is none."""
     words = command.words
     assert words, f"{command.text}: no kdrun command"
     if words[0] == "-m":
-        assert check(words[1:], open_catalogue()) == []
+        faults = check(words[1:], open_catalogue())
+        assert [fault for fault in faults if "is not installed" not in fault] == []
     else:
         compose(words, open_catalogue())
 
