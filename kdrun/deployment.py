@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from kdrun.build import allowing
 from kdrun.catalogue import Catalogue, load_yaml, nearest
 from kdrun.checkpoints import load_weights
 from kdrun.config import compose
+from kdrun.data.batches import described
 from kdrun.data.module import DataModule
 from kdrun.errors import UserError
 from kdrun.experiment import RESULT, prepare_data
@@ -29,6 +30,7 @@ from kdrun.files import read_json, write_json
 from kdrun.identity import fingerprint
 from kdrun.interruption import SignalWatch
 from kdrun.logs import Console
+from kdrun.outputs import Batch
 from kdrun.process import prepare_process
 from kdrun.report.summary import networks_table
 from kdrun.runs import CONFIG, stored_words
@@ -135,12 +137,11 @@ def evaluate_run(directory: Path, words: Sequence[str], catalogue: Catalogue) ->
         try:
             networks = _networks(run, context)
         except UserError as error:
-            ours, theirs = tuple(run.result["input_shape"]), tuple(data.input_shape)
+            ours, theirs = (described(s) for s in (run.result["input_shape"], data.input_shape))
             if ours == theirs:
                 raise
             raise UserError(
-                f"{name} has inputs of shape {theirs}, but {directory} was trained on {ours}: "
-                f"{error}"
+                f"{name} has inputs of {theirs}, but {directory} was trained on {ours}: {error}"
             ) from error
         networks_results = results_on_test(context, networks)
     result = {
@@ -249,11 +250,14 @@ def export_run(directory: Path, words: Sequence[str]) -> None:
         data, task = prepare_data(run.config)
         network = _deployed(run, request.epoch, assemble_untrained(run.config, data, task))
     batch = next(iter(data.test(batch_size=5, device="cpu")))
+    reads = run.config["student"]["reads"]
+    if reads is not None:
+        batch = replace(batch, inputs=batch.inputs[reads])
     difference = export(network, task, batch, request.format, request.path)
     size = request.path.stat().st_size
     print(f"{request.path}: the student ({request.epoch} weights), {size:,} bytes")
     print(f"checked on {len(batch)} test samples: logits differ by {difference:.1g} at most")
-    print("\n".join(_how_to_load(request, directory, data)))
+    print("\n".join(_how_to_load(request, directory, data, batch)))
 
 
 def read_request(directory: Path, words: Sequence[str]) -> ExportRequest:
@@ -296,8 +300,10 @@ def read_request(directory: Path, words: Sequence[str]) -> ExportRequest:
     return ExportRequest(known[suffix], path, epoch)
 
 
-def _how_to_load(request: ExportRequest, directory: Path, data: DataModule) -> list[str]:
-    shape = ", ".join(map(str, ("B", *data.input_shape)))
+def _how_to_load(
+    request: ExportRequest, directory: Path, data: DataModule, batch: Batch
+) -> list[str]:
+    shape = ", ".join(map(str, ("B", *batch.inputs.shape[1:])))
     inputs = f"# inputs: float32 ({shape})"
     scale = data.preprocessing.normalisation
     if scale is not None and len(scale.mean) <= 4:

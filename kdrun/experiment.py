@@ -160,7 +160,7 @@ def _run_stages(
             "directory": str(directory),
             "data": data.fingerprint,
             "num_classes": data.num_classes,
-            "input_shape": list(data.input_shape),
+            "input_shape": data.input_shape,
             "artefacts": {name: artefact.name for name, artefact in context.artefacts.items()},
             "seconds": time.time() - began,
         }

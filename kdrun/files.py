@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,14 +50,69 @@ def write_atomically(path: Path, data: bytes | str) -> None:
         file.write(redact(data).encode() if isinstance(data, str) else data)
 
 
+NOT_FINITE = "not_finite"
+"""Entry of a JSON document that names its values that JSON has no word for: NaN and infinity."""
+
+
+def json_text(document: Any) -> str:
+    """A value as JSON that any reader takes, indented for people.
+
+    A number that is not finite is null; what it was stands under ``not_finite`` at the top of the
+    document, by its dotted place: ``{"kl": null, "not_finite": {"kl": "nan"}}``.
+    """
+    found: dict[str, str] = {}
+    plain = _finite(document, "", found)
+    if found:
+        plain = {**plain, NOT_FINITE: found} if isinstance(plain, dict) else plain
+    return json.dumps(plain, indent=2, default=str, allow_nan=False) + "\n"
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The inverse of ``json_text``: numbers that are not finite are floats again.
+
+    Raises:
+        ValueError: the text is no JSON, or no UTF-8.
+    """
+    document = json.loads(text)
+    if not isinstance(document, dict) or NOT_FINITE not in document:
+        return document
+    found = document.pop(NOT_FINITE)
+    return _restored(document, "", found)
+
+
+def _finite(value: Any, place: str, found: dict[str, str]) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        found[place] = repr(value)
+        return None
+    if isinstance(value, dict):
+        return {str(k): _finite(item, _below(place, k), found) for k, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item, _below(place, i), found) for i, item in enumerate(value)]
+    return value
+
+
+def _restored(value: Any, place: str, found: dict[str, str]) -> Any:
+    if value is None and place in found:
+        return float(found[place])
+    if isinstance(value, dict):
+        return {k: _restored(item, _below(place, k), found) for k, item in value.items()}
+    if isinstance(value, list):
+        return [_restored(item, _below(place, i), found) for i, item in enumerate(value)]
+    return value
+
+
+def _below(place: str, key: object) -> str:
+    return f"{place}.{key}" if place else str(key)
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON document atomically, indented for people."""
-    write_atomically(path, json.dumps(value, indent=2, default=str) + "\n")
+    """Write a JSON document (``json_text``) atomically."""
+    write_atomically(path, json_text(value))
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON document; a damaged one is a ``UserError`` that names the file."""
+    """Read a JSON document (``parse_json``); a damaged one is a ``UserError`` that names it."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return parse_json(path.read_bytes())
+    except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); remove it and run again") from error

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
 import traceback
 from collections.abc import Iterable
@@ -13,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kdrun.errors import Interrupted, UserError
-from kdrun.redaction import redact
+from kdrun.files import parse_json, write_json
 
 
 @dataclass
@@ -40,11 +38,7 @@ class Record:
 
     def write(self, directory: Path) -> None:
         """Write the record, whole or not at all."""
-        directory.mkdir(parents=True, exist_ok=True)
-        path = directory / f"{self.number}.json"
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(redact(json.dumps(asdict(self), indent=2)), encoding="utf-8")
-        os.replace(temporary, path)
+        write_json(directory / f"{self.number}.json", asdict(self))
 
 
 class JobFailed(Exception):
@@ -113,14 +107,14 @@ class Job:
             raise KeyboardInterrupt
         if outcome.exit_code != 0:
             raise UserError(f"exit status {outcome.exit_code}, see its lines above")
-        if outcome.objective is None or math.isnan(outcome.objective):
+        if outcome.objective is None or not math.isfinite(outcome.objective):
             raise UserError("the validation result is not a number: training diverged")
         return outcome.objective
 
 
 def read_records(directory: Path) -> list[Record]:
     """The records of a sweep, in the order of its runs."""
-    found = [json.loads(path.read_text("utf-8")) for path in directory.glob("*.json")]
+    found = [parse_json(path.read_bytes()) for path in directory.glob("*.json")]
     return sorted((Record(**fields) for fields in found), key=lambda record: record.number)
 
 

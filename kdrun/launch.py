@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shlex
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kdrun.errors import UserError
+from kdrun.files import json_text, parse_json
 
 OUTCOME = "KDRUN_OUTCOME"
 """Environment variable: the file in which the first process leaves its exit status and objective,
@@ -88,7 +88,7 @@ def launch(words: Sequence[str], trainer: Mapping[str, Any]) -> dict[str, Any]:
                 exit_code = 128 + error.sigval
             finally:
                 logging.disable(logging.NOTSET)
-        told = json.loads(outcome.read_text(encoding="utf-8")) if outcome.is_file() else {}
+        told = parse_json(outcome.read_bytes()) if outcome.is_file() else {}
         return told | {"exit_code": told.get("exit_code") or exit_code}
 
 
@@ -96,7 +96,7 @@ def report(exit_code: int, objective: float | None = None) -> None:
     """Leave the outcome for ``launch`` in the parent process, if this is a process it started."""
     path = os.environ.get(OUTCOME)
     if path and is_main():
-        text = json.dumps({"exit_code": exit_code, "objective": objective})
+        text = json_text({"exit_code": exit_code, "objective": objective})
         Path(path).write_text(text, encoding="utf-8")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping
@@ -13,6 +12,7 @@ from kdrun.browse import columns
 from kdrun.catalogue import Catalogue, load_yaml
 from kdrun.config import Config, compose, spell
 from kdrun.errors import UserError
+from kdrun.files import parse_json
 
 CONFIG, ENVIRONMENT, RESULT = "config.yaml", "env.json", "result.json"
 
@@ -128,7 +128,7 @@ def read_json(path: Path) -> Any:
         UserError: it is missing or damaged.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path} is missing: the run did not get that far") from None
     except ValueError as error:

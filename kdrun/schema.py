@@ -47,6 +47,7 @@ class Teacher:
     cache_seed: NonNegativeInt
     cache_top_k: PositiveInt
     cache_dtype: Literal["fp16", "fp32"]
+    reads: str | None
 
 
 @dataclass
@@ -54,6 +55,7 @@ class Student:
     """What ``student`` says besides the network's own arguments."""
 
     init_from: str | None
+    reads: str | None
 
 
 @dataclass

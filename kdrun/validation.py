@@ -22,6 +22,7 @@ from kdrun.assembly import (
     sample_batch,
 )
 from kdrun.checkpoints import load_weights
+from kdrun.data.batches import described
 from kdrun.data.module import DataModule
 from kdrun.errors import ConfigErrors, UserError
 from kdrun.evaluation import parameter_count
@@ -217,9 +218,9 @@ def _size(count: float) -> str:
 
 
 def _data_line(names: Mapping[str, str], data: DataModule) -> str:
-    shape = "x".join(map(str, data.input_shape))
     sizes = f"{data.train_size:,} train, {data.validation_size:,} validation, {data.test_size:,}"
-    text = f"{names['dataset']}, {sizes} test samples of {shape}, {data.num_classes} classes"
+    samples = f"{sizes} test samples of {described(data.input_shape)}"
+    text = f"{names['dataset']}, {samples}, {data.num_classes} classes"
     return _line("data", text)
 
 

@@ -85,7 +85,7 @@ def test_eval_on_another_test_set(finished, capsys) -> None:
 
 def test_eval_on_inputs_that_the_student_cannot_read(tmp_path: Path) -> None:
     _, directory = run(tmp_path, "student=mlp")
-    with pytest.raises(UserError, match=r"digits has inputs of shape \(1, 12, 12\), but .*MLP"):
+    with pytest.raises(UserError, match=r"digits has inputs of 1x12x12, but .*MLP"):
         evaluate_run(directory, ["dataset.image_size=12"], open_catalogue())
 
 

@@ -34,7 +34,7 @@ LAYERS = {
     ),
     "distiller": ("distiller", "forward", "nonfinite", "term_sums", "logs", "loggers"),
     "methods": ("methods", "method"),
-    "parts": ("losses", "layers", "tasks", "data", "models", "outputs", "recording"),
+    "parts": ("losses", "layers", "tasks", "data", "models", "inputs", "outputs", "recording"),
     "ground": (
         *("build", "targets", "parameters", "errors", "store", "checkpoints", "distributed"),
         *(
@@ -58,11 +58,12 @@ KNOWS = {
     "methods": {"methods", "method", "losses", "layers", "outputs", "parameters"},
     "method": {"outputs", "parameters"},
     "losses": {"losses"},
-    "layers": {"layers", "outputs"},
+    "layers": {"layers", "inputs", "outputs"},
+    "inputs": set(),
     "outputs": set(),
-    "tasks": {"tasks", "outputs", "parameters"},
+    "tasks": {"tasks", "inputs", "outputs", "parameters"},
     "data": {"data", "outputs", "parameters", "errors"},
-    "models": {"models", "build", "targets", "parameters", "errors"},
+    "models": {"models", "inputs", "build", "targets", "parameters", "errors"},
 }
 """All of kdrun that these parts may import."""
 

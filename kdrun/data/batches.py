@@ -18,6 +18,17 @@ from kdrun.outputs import Batch
 INPUTS = "inputs"
 """The name of ``Batch.inputs`` among the views."""
 
+Shape = tuple[int, ...] | dict[str, tuple[int, ...]]
+"""Of one input; by name where a sample has several."""
+
+
+def described(shape: Shape) -> str:
+    """The shape in words: ``3x32x32``, or ``image 1x8x8, audio 40x32``."""
+    if isinstance(shape, dict):
+        return ", ".join(f"{name} {described(one)}" for name, one in shape.items())
+    return "x".join(map(str, shape)) or "one number"
+
+
 _FORMAT = {True: torch.channels_last, False: torch.preserve_format}
 
 
@@ -82,7 +93,7 @@ class BatchMaker:
     def __init__(
         self,
         size: int,
-        shape: tuple[int, ...],
+        shape: Shape,
         options: LoaderOptions,
         preprocessing: Preprocessing,
     ) -> None:
@@ -99,6 +110,9 @@ class BatchMaker:
         }
         self._plans: dict[int, Plan] = {}
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
+
+        if isinstance(shape, dict) and not (self.changes_nothing and self.normalisation is None):
+            raise ValueError("several inputs are neither normalised nor augmented")
 
     @property
     def changes_nothing(self) -> bool:

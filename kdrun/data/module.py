@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from kdrun.data.batches import Preprocessing
+from kdrun.data.batches import Preprocessing, Shape
 from kdrun.data.loader import AugmentationCycle, Loader, LoaderOptions
 from kdrun.data.splits import stratified
 from kdrun.errors import UserError
@@ -37,8 +37,8 @@ class Part(Protocol):
         """Number of samples."""
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of one input."""
+    def shape(self) -> Shape:
+        """The shape of one input; by name where there are several."""
 
     def take(self, rows: Tensor) -> Part:
         """The given rows as a part of their own."""
@@ -55,7 +55,7 @@ class DataModule(ABC):
     Attributes:
         task: what the targets are for.
         num_classes: number of classes.
-        input_shape: one input, ``(C, H, W)`` or ``(D,)``.
+        input_shape: one input, ``(C, H, W)`` or ``(D,)``; by name where there are several.
         class_names: the names, by class id.
         train_size: samples in the training split; likewise ``validation_size``, ``test_size``.
 
@@ -66,7 +66,7 @@ class DataModule(ABC):
 
     task: str = "classification"
     num_classes: int
-    input_shape: tuple[int, ...]
+    input_shape: Shape
     class_names: list[str]
     train_size: int
     validation_size: int

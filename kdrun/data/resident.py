@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from kdrun.data.batches import BatchMaker, Preprocessing
+from kdrun.data.batches import BatchMaker, Preprocessing, Shape
 from kdrun.data.loader import LoaderOptions
 from kdrun.outputs import Batch
 
@@ -22,14 +22,15 @@ class Samples:
     """The samples of one part of a data set, in memory.
 
     Attributes:
-        inputs: ``(N, ...)`` as stored, e.g. uint8 images ``(N, C, H, W)``.
+        inputs: ``(N, ...)`` as stored, e.g. uint8 images ``(N, C, H, W)``; or several such by
+            name, which come as they are stored, neither normalised nor augmented.
         target: ``(N,)`` int64.
         index: ``(N,)`` int64, the stable number of each sample in the original set.
         content: hash of the original set's inputs, from which ``index`` chose these; computed
             when it is not given.
     """
 
-    inputs: Tensor
+    inputs: Tensor | dict[str, Tensor]
     target: Tensor
     index: Tensor
     content: str = ""
@@ -37,31 +38,50 @@ class Samples:
 
     def __post_init__(self) -> None:
         if not self.content:
-            digest = hashlib.sha256(f"{self.inputs.dtype} {tuple(self.inputs.shape)}".encode())
-            digest.update(self.inputs.cpu().contiguous().numpy())
+            digest = hashlib.sha256()
+            named = self.inputs if isinstance(self.inputs, dict) else {"": self.inputs}
+            for name, inputs in named.items():
+                digest.update(f"{name}{inputs.dtype} {tuple(inputs.shape)}".encode())
+                digest.update(inputs.cpu().contiguous().numpy())
             self.content = digest.hexdigest()
 
     def __len__(self) -> int:
         return self.target.shape[0]
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of one input."""
+    def shape(self) -> Shape:
+        """The shape of one input; by name where there are several."""
+        if isinstance(self.inputs, dict):
+            return {name: tuple(inputs.shape[1:]) for name, inputs in self.inputs.items()}
         return tuple(self.inputs.shape[1:])
 
     def take(self, rows: Tensor) -> Samples:
         """The given rows as a part of their own; without a copy if they are all rows in order."""
         if rows.shape[0] == len(self) and torch.equal(rows, torch.arange(len(self))):
             return self
-        return Samples(self.inputs[rows], self.target[rows], self.index[rows], self.content)
+        inputs = each(self.inputs, lambda values: values[rows])
+        return Samples(inputs, self.target[rows], self.index[rows], self.content)
 
     def serve(self, options: LoaderOptions, preprocessing: Preprocessing) -> ResidentLoader:
         """Batches of these samples; they are sent to a device once for all its loaders."""
         device = torch.device(options.device)
         if device not in self._copies:
-            tensors = (self.inputs, self.target, self.index)
-            self._copies[device] = Samples(*(part.to(device) for part in tensors), self.content)
+            self._copies[device] = Samples(
+                each(self.inputs, lambda values: values.to(device)),
+                self.target.to(device),
+                self.index.to(device),
+                self.content,
+            )
         return ResidentLoader(self._copies[device], options, preprocessing)
+
+
+def each(
+    inputs: Tensor | dict[str, Tensor], change: Callable[[Tensor], Tensor]
+) -> Tensor | dict[str, Tensor]:
+    """``change`` applied to the inputs, to each of them where there are several."""
+    if isinstance(inputs, dict):
+        return {name: change(values) for name, values in inputs.items()}
+    return change(inputs)
 
 
 class ResidentLoader:
@@ -85,11 +105,13 @@ class ResidentLoader:
         self._maker = BatchMaker(
             len(samples), samples.shape, options, preprocessing or Preprocessing()
         )
-        self._ready = (
-            self._maker.changes_nothing and samples.inputs.numel() * 4 <= NORMALISE_ONCE_BYTES
-        )
-        if self._ready:
-            self._inputs = self._maker.finish(samples.inputs)
+        if isinstance(samples.inputs, dict):
+            self._ready = True
+        else:
+            small = samples.inputs.numel() * 4 <= NORMALISE_ONCE_BYTES
+            self._ready = self._maker.changes_nothing and small
+            if self._ready:
+                self._inputs = self._maker.finish(samples.inputs)
         self._epoch, self._start = 0, 0
 
     def __len__(self) -> int:
@@ -108,12 +130,16 @@ class ResidentLoader:
         """One batch of any epoch again, bit for bit."""
         plan = self._maker.plan(epoch)
         rows = self._maker.span(position).cut(plan.order)
-        stored = self._inputs.index_select(0, rows)
+        stored = each(self._inputs, lambda values: values.index_select(0, rows))
         target, index = self._target.index_select(0, rows), self._index.index_select(0, rows)
         if self._ready:
             number = self._maker.augmentation(epoch)
-            inputs = self._maker.arrange(stored)
+            inputs = each(stored, self._arrange)
             views = dict.fromkeys(self.options.views, inputs)
             return Batch(inputs, target, index, views=views, augmentation=number)
         everywhere = dict.fromkeys(self._maker.changes, stored)
         return self._maker.make(everywhere, target, index, plan, position)
+
+    def _arrange(self, values: Tensor) -> Tensor:
+        is_number_of_something = isinstance(self._inputs, dict) and not values.is_floating_point()
+        return values if is_number_of_something else self._maker.arrange(values)

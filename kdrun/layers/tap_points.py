@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdrun.inputs import call_network
 from kdrun.layers.layout import Layout
 
 STAGES = 4
@@ -158,7 +159,7 @@ def _trace(network: nn.Module, sample: Any, channels_last: bool) -> _Call:
     try:
         network.eval()
         with torch.no_grad():
-            output = network(**sample) if isinstance(sample, Mapping) else network(sample)
+            output = call_network(network, sample)
     finally:
         for handle in handles:
             handle.remove()

@@ -10,6 +10,7 @@ from torch import nn
 
 from kdrun.build import instantiate, resolve
 from kdrun.errors import UserError
+from kdrun.inputs import read_only
 from kdrun.targets import KEY
 
 ROLE_KEYS = (
@@ -20,7 +21,10 @@ ROLE_KEYS = (
 
 
 def build_model(
-    node: Mapping[str, Any], *, num_classes: int, input_shape: Sequence[int] | None
+    node: Mapping[str, Any],
+    *,
+    num_classes: int,
+    input_shape: Sequence[int] | Mapping[str, Sequence[int]] | None,
 ) -> nn.Module:
     """Build the network of a config node for a data set.
 
@@ -29,21 +33,26 @@ def build_model(
     the user's own needs none of them.
 
     Args:
-        node: ``_target_``, its arguments, and possibly entries of the role (``ROLE_KEYS``).
+        node: ``_target_``, its arguments, possibly entries of the role (``ROLE_KEYS``), and
+            ``reads``: which of several inputs the network reads; without it, it is given all.
         num_classes: classes of the data set.
-        input_shape: shape of one sample: ``(C, H, W)`` of images; None where it varies.
+        input_shape: shape of one sample: ``(C, H, W)`` of images; by name where a sample has
+            several inputs; None where it varies.
 
     Raises:
         UserError: the node cannot be built, reads images where there are none, or is no network.
     """
     node = {key: value for key, value in node.items() if key not in ROLE_KEYS}
+    reads = node.pop("reads", None)
+    if reads is not None:
+        input_shape = _shape_of(reads, input_shape)
     target = node.get(KEY)
     if target is None:
         raise UserError(f"a model node needs {KEY}; it has {', '.join(node) or 'nothing'}")
     known: dict[str, Any] = {"num_classes": num_classes}
     if input_shape is not None:
-        known["input_shape"] = tuple(input_shape)
-        if len(input_shape) == 3:
+        known["input_shape"] = input_shape
+        if isinstance(input_shape, Sequence) and len(input_shape) == 3:
             known |= {"in_channels": input_shape[0], "image_size": input_shape[-1]}
     parameters = inspect.signature(resolve(target)).parameters
     wanted = [name for name in known if name in parameters and node.get(name) is None]
@@ -56,4 +65,12 @@ def build_model(
     network = instantiate(node, **{name: known[name] for name in wanted})
     if not isinstance(network, nn.Module):
         raise UserError(f"{target} gives a {type(network).__name__}, not a network")
-    return network
+    return network if reads is None else read_only(network, reads)
+
+
+def _shape_of(reads: str, shapes: Any) -> Sequence[int]:
+    if not isinstance(shapes, Mapping):
+        raise UserError(f"reads={reads}: a sample of this data set is one tensor; leave it null")
+    if reads not in shapes:
+        raise UserError(f"reads={reads}: a sample of this data set has {', '.join(shapes)}")
+    return shapes[reads]

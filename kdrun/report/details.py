@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from kdrun.files import read_json
 from kdrun.report.runs import Run
 
 Curves = dict[str, np.ndarray]
@@ -147,4 +147,4 @@ def right_and_wrong(
 def read_provenance(run: Run) -> dict[str, Any]:
     """The content of a run's ``env.json``; empty where there is none."""
     path = run.directory / "env.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}

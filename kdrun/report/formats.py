@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from kdrun.clock import clock
+from kdrun.files import json_text
 from kdrun.report.results import NOT_RUN, Entry, Results
 
 SHRUNK = "profile={profile}: shrunken runs that only show that everything works; not results"
@@ -107,7 +107,7 @@ def as_json(results: Results) -> str:
         "columns": list(results.columns),
         "cells": _records(results),
     }
-    return json.dumps(_without_nan(document), indent=2, ensure_ascii=False) + "\n"
+    return json_text(document)
 
 
 FORMATS: dict[str, Callable[[Results], str]] = {
@@ -329,12 +329,3 @@ LATEX = {
 
 def _latex(cell: str) -> str:
     return "".join(LATEX.get(letter, letter) for letter in cell)
-
-
-def _without_nan(value: Any) -> Any:
-    """NaN and infinity, which JSON does not know, as None."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    return [_without_nan(item) for item in value] if isinstance(value, list) else value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 from collections import Counter
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kdrun.errors import UserError
+from kdrun.files import parse_json
 
 RESULT = "result.json"
 NOT_RUNS = ("store", "tables", "sweeps")
@@ -89,7 +89,7 @@ def read_run(directory: Path) -> Run:
     """
     path = directory / RESULT
     try:
-        result = json.loads(path.read_bytes())
+        result = parse_json(path.read_bytes())
         return Run(
             directory=directory,
             names=result["names"],

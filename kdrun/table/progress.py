@@ -7,7 +7,6 @@ is the operating system's: it goes with its process, however that ends.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from kdrun.errors import UserError
+from kdrun.files import read_json
 from kdrun.table.cells import Cell
 
 FINISHED, ERROR, RESULT = "artefact.json", "error.txt", "result.json"
@@ -152,7 +152,7 @@ class Board:
 
 
 def _seconds(cell: Cell) -> float:
-    result = json.loads((cell.directory / RESULT).read_text(encoding="utf-8"))
+    result = read_json(cell.directory / RESULT)
     return float(result["seconds"])
 
 

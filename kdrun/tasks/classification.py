@@ -10,6 +10,7 @@ from torch.nn import functional
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
+from kdrun.inputs import call_network
 from kdrun.outputs import Batch, ModelOutput
 from kdrun.parameters import PositiveInt, ProperFraction
 from kdrun.tasks.task import Task
@@ -40,8 +41,11 @@ class Classification(Task):
         self.calibration_bins = calibration_bins
 
     def forward(self, network: nn.Module, batch: Batch) -> ModelOutput:
-        """Logits ``(B, C)``; networks that return an object with ``logits`` are unpacked."""
-        output = network(batch.inputs)
+        """Logits ``(B, C)``; networks that return an object with ``logits`` are unpacked.
+
+        Several inputs are passed by keyword.
+        """
+        output = call_network(network, batch.inputs)
         if isinstance(output, ModelOutput):
             return output
         return ModelOutput(output if isinstance(output, Tensor) else output.logits)

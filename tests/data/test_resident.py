@@ -186,3 +186,30 @@ def test_taking_all_rows_copies_nothing(samples):
     assert samples.take(torch.arange(50)) is samples
     some = samples.take(torch.tensor([3, 4]))
     assert some.index.tolist() == [103, 104] and some.content == samples.content
+
+
+def test_several_inputs_travel_together() -> None:
+    inputs = {"image": torch.rand(10, 1, 4, 4), "tokens": torch.arange(30).reshape(10, 3)}
+    samples = Samples(dict(inputs), torch.arange(10) % 2, torch.arange(10))
+    part = samples.take(torch.arange(1, 10))
+    assert part.shape == {"image": (1, 4, 4), "tokens": (3,)}
+    loader = part.serve(
+        LoaderOptions(batch_size=4, seed=1, shuffle=True, augment=True, dtype=torch.float64),
+        Preprocessing(),
+    )
+    batches = list(loader)
+    assert sorted(int(i) for batch in batches for i in batch.index) == list(range(1, 10))
+    for batch in batches:
+        assert torch.equal(batch.inputs["tokens"], inputs["tokens"][batch.index])
+        assert torch.equal(batch.inputs["image"], inputs["image"][batch.index].double())
+        assert batch.inputs["tokens"].dtype == torch.int64
+    assert Samples(dict(inputs), samples.target, samples.index).content == samples.content
+    renamed = {"picture": inputs["image"], "tokens": inputs["tokens"]}
+    assert Samples(renamed, samples.target, samples.index).content != samples.content
+
+
+def test_several_inputs_are_not_augmented() -> None:
+    samples = Samples({"image": torch.rand(4, 1, 4, 4)}, torch.zeros(4).long(), torch.arange(4))
+    flipped = Preprocessing(augmentation=Augmentation(flip=0.5))
+    with pytest.raises(ValueError, match="neither normalised nor augmented"):
+        samples.serve(LoaderOptions(batch_size=2, augment=True), flipped)

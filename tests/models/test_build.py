@@ -96,3 +96,14 @@ def test_building_depends_on_the_seed_alone() -> None:
         networks.append(build_model({"_target_": CNN}, num_classes=5, input_shape=(1, 8, 8)))
     first, second = (network.state_dict() for network in networks)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_network_reads_one_of_several_inputs() -> None:
+    shapes = {"image": (1, 8, 8), "audio": (13,)}
+    node = {"_target_": "kdrun.models.mlp.MLP", "reads": "audio"}
+    network = build_model(node, num_classes=5, input_shape=shapes)
+    assert network.layers[0][0].in_features == 13
+    with pytest.raises(UserError, match=r"reads=video: a sample of this data set has image, audio"):
+        build_model({**node, "reads": "video"}, num_classes=5, input_shape=shapes)
+    with pytest.raises(UserError, match=r"reads=audio: a sample of this data set is one tensor"):
+        build_model(node, num_classes=5, input_shape=(13,))
