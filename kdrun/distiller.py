@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,6 +34,9 @@ STUDENT = "student"
 StandIn = Callable[[Batch], ModelOutput]
 """What gives the outputs of a frozen network without the network."""
 
+MakeOptimizer = Callable[[Sequence[nn.Parameter]], Optimizer]
+MakeScheduler = Callable[[Optimizer], LRScheduler]
+
 
 @dataclass(frozen=True)
 class Optimization:
@@ -46,14 +49,16 @@ class Optimization:
         clip_norm: largest norm of a network's gradient; None: not clipped.
         ema_decay: decay per step of the averaged student that is evaluated; None: no average.
         nonfinite: what a loss or gradient that is not finite does: stop, or skip the update.
+        of_roles: optimiser and schedule of the trained roles that have their own.
     """
 
-    optimizer: Callable[[Sequence[nn.Parameter]], Optimizer]
-    scheduler: Callable[[Optimizer], LRScheduler] | None
+    optimizer: MakeOptimizer
+    scheduler: MakeScheduler | None
     accumulate: int = 1
     clip_norm: float | None = None
     ema_decay: float | None = None
     nonfinite: Reaction = "stop"
+    of_roles: Mapping[str, tuple[MakeOptimizer, MakeScheduler | None]] = field(default_factory=dict)
 
 
 class Distiller(LightningModule):
@@ -161,14 +166,17 @@ class Distiller(LightningModule):
     def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:
         """One optimiser and schedule per trained role; the method's own parameters join the
         student's."""
-        optimizers = []
+        shared = (self.optimization.optimizer, self.optimization.scheduler)
+        optimizers, schedulers = [], []
         for role, network in self.networks.items():
             parameters = [p for p in network.parameters() if p.requires_grad]
             if role == STUDENT:
                 parameters += [p for p in self.method.parameters() if p.requires_grad]
-            optimizers.append(self.optimization.optimizer(parameters))
-        make = self.optimization.scheduler
-        return optimizers, [make(optimizer) for optimizer in optimizers] if make else []
+            make_optimizer, make_scheduler = self.optimization.of_roles.get(role, shared)
+            optimizers.append(make_optimizer(parameters))
+            if make_scheduler is not None:
+                schedulers.append(make_scheduler(optimizers[-1]))
+        return optimizers, schedulers
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, index: int) -> Any:
         """Loaders already deliver on the device."""

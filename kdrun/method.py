@@ -73,7 +73,8 @@ class Method(nn.Module):
         """The networks wanted besides the student: role to the config entry that describes it.
 
         A frozen role takes the weights that the stage of that name left; a role in
-        ``trainable_roles`` starts from fresh ones (``{"peer1": "student"}``: a second student).
+        ``trainable_roles`` starts from fresh ones (``{"peer1": "student"}``: a second student), or
+        from the checkpoint of that entry, and is trained with that entry's settings.
         """
         return {"teacher": "teacher"}
 

@@ -113,6 +113,29 @@ def test_each_trained_role_has_its_own_optimiser_and_file(tmp_path: Path) -> Non
     assert identical(load_file(tmp_path / "peer.safetensors"), peer.state_dict())
 
 
+def test_a_trained_role_may_have_its_own_optimiser_and_schedule(tmp_path: Path) -> None:
+    def make_adam(parameters):
+        return torch.optim.AdamW(parameters, 1e-3)
+
+    def make_decay(optimizer):
+        return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+
+    for scheduler, student_rate in ((None, 0.05), (make_decay, 0.05 / 8)):
+        training = Training(
+            tmp_path / str(student_rate),
+            method=Mutual,
+            teachers={"peer": lambda: small_cnn(2)},
+            batches=3,
+            scheduler=scheduler,
+            of_roles={"peer": (make_adam, make_decay)},
+        )
+        training.run()
+        student, peer = training.distiller._optimizers
+        assert isinstance(student, torch.optim.SGD) and isinstance(peer, torch.optim.AdamW)
+        assert student.param_groups[0]["lr"] == pytest.approx(student_rate)
+        assert peer.param_groups[0]["lr"] == pytest.approx(1e-3 / 8), "three steps, halved at each"
+
+
 class Alternating(Mutual):
     """Two losses, each for one network, in two updates a step."""
 

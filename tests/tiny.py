@@ -115,6 +115,7 @@ class Training:
     clip_norm: float | None = None
     ema_decay: float | None = None
     nonfinite: Any = "stop"
+    of_roles: Mapping[str, Any] = field(default_factory=dict)
     batches: int | None = None
     checkpoint_seconds: float = 600.0
     precision: Any = 32
@@ -144,6 +145,7 @@ class Training:
                 self.clip_norm,
                 self.ema_decay,
                 self.nonfinite,
+                self.of_roles,
             ),
             epochs=self.epochs,
             steps_per_epoch=self.batches or len(self.train),

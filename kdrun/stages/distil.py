@@ -8,12 +8,19 @@ from typing import Any
 from torch import nn
 
 from kdrun.assembly import Assembly, assemble, build_network, make_method, with_batch_statistics
+from kdrun.checkpoints import load_weights
 from kdrun.errors import UserError
 from kdrun.evaluation import evaluate
 from kdrun.stages.recorded import open_recording
 from kdrun.stages.stage import Context, Stage
-from kdrun.stages.train import initial_student, load_network
-from kdrun.stages.training import architecture, train, training_key
+from kdrun.stages.train import existing_file, initial_student, load_network
+from kdrun.stages.training import (
+    architecture,
+    train,
+    trained_sources,
+    training_key,
+    training_settings,
+)
 
 SMALL_SHARE = 0.01
 """A loss term with a smaller share of the first gradient hardly takes part; the user is told."""
@@ -27,6 +34,13 @@ class Distil(Stage):
         config = context.config
         artefacts = {name: artefact.name for name, artefact in context.artefacts.items()}
         key = {"student": architecture(config["student"]), "method": config["method"]}
+        trained = {
+            role: {"network": config[source], "training": training_settings(config, source)}
+            for role, source in trained_sources(make_method(config["method"])).items()
+            if source in config
+        }
+        if trained:
+            key["trained"] = trained
         return (
             key
             | training_key(context, "student")
@@ -96,6 +110,9 @@ def assemble_run(context: Context) -> Assembly:
             # Another seed than the student's: a peer of the same architecture starts elsewhere.
             seed = config["seed"] + 1000 * number
             teachers[role] = build_network(config[source], context.data, seed)
+            start = config[source].get("checkpoint")
+            if start:
+                load_weights(teachers[role], existing_file(start, f"{source}.checkpoint"))
         else:
             teachers[role] = load_network(context, source)
             if config[source]["mode"] == "batch_stats":

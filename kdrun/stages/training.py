@@ -11,10 +11,12 @@ import torch
 
 from kdrun import distributed
 from kdrun.assembly import Assembly
-from kdrun.distiller import Distiller, Optimization
+from kdrun.distiller import STUDENT, Distiller, MakeOptimizer, MakeScheduler, Optimization
+from kdrun.errors import UserError
 from kdrun.files import write_json
 from kdrun.fit import SKIPPED, Outcome, fit, make_trainer
 from kdrun.logs import TrainingLog
+from kdrun.method import Method
 from kdrun.models.build import ROLE_KEYS
 from kdrun.optimization import make_optimizer, make_scheduler
 from kdrun.recording import Recording
@@ -52,6 +54,63 @@ def training_key(context: Context, role: str) -> dict[str, Any]:
         "training": training_settings(context.config, role),
         "numerics": {name: trainer[name] for name in numerics},
         "limit_batches": context.limit_batches,
+    }
+
+
+def optimization_of(
+    context: Context, method: Method, settings: Mapping[str, Any], steps: int
+) -> Optimization:
+    """Optimisers and schedules of everything that a method trains.
+
+    A role that is built from another config entry than the student's has that entry's settings
+    (``training.teacher`` for a teacher that learns too).
+
+    Args:
+        context: the run.
+        method: says which roles are trained.
+        settings: of the training, as they hold for the student.
+        steps: optimiser steps in an epoch.
+
+    Raises:
+        UserError: such a role has another number of epochs or batch size, though all networks see
+            the same batches.
+    """
+    options, epochs = context.config["trainer"], settings["epochs"]
+
+    def own(settings: Mapping[str, Any]) -> tuple[MakeOptimizer, MakeScheduler]:
+        return (
+            lambda parameters: make_optimizer(settings["optimizer"], parameters),
+            lambda optimizer: make_scheduler(settings["scheduler"], optimizer, epochs, steps),
+        )
+
+    of_roles = {}
+    for role, source in trained_sources(method).items():
+        theirs = training_settings(context.config, source)
+        for name in ("epochs", "batch_size"):
+            if theirs[name] != settings[name]:
+                raise UserError(
+                    f"training.{source}.{name}={theirs[name]}: the {role} learns together with the "
+                    f"student, so it must be null or the student's {settings[name]}"
+                )
+        of_roles[role] = own(theirs)
+    optimizer, scheduler = own(settings)
+    return Optimization(
+        optimizer=optimizer,
+        scheduler=scheduler,
+        accumulate=options["accumulate"],
+        clip_norm=settings["clip_norm"],
+        ema_decay=settings["ema"],
+        nonfinite=settings["nonfinite"],
+        of_roles=of_roles,
+    )
+
+
+def trained_sources(method: Method) -> dict[str, str]:
+    """Config entries of the trained roles that are not built as the student is, by role."""
+    return {
+        role: source
+        for role, source in method.roles().items()
+        if role in method.trainable_roles and source != STUDENT
     }
 
 
@@ -112,16 +171,7 @@ def train(
         teachers=teachers,
         stand_ins=stand_ins,
         taps=assembly.taps,
-        optimization=Optimization(
-            optimizer=lambda parameters: make_optimizer(settings["optimizer"], parameters),
-            scheduler=lambda optimizer: make_scheduler(
-                settings["scheduler"], optimizer, epochs, steps
-            ),
-            accumulate=options["accumulate"],
-            clip_norm=settings["clip_norm"],
-            ema_decay=settings["ema"],
-            nonfinite=settings["nonfinite"],
-        ),
+        optimization=optimization_of(context, assembly.method, settings, steps),
         epochs=epochs,
         steps_per_epoch=steps,
     )
