@@ -74,6 +74,7 @@ def compose_parsed(
     changes = _changed_choices(overrides, catalogue.defaults(), broken) + editor.changes
     values, unresolved = _resolve(values)
     problems += unresolved
+    values = _without_null_stages(values)
     if not unresolved:
         packages = [*catalogue.packages, *typed_packages(overrides)]
         if complaint(values["allow_packages"], list[str]) is None:
@@ -295,6 +296,16 @@ def _resolve(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     except OmegaConfBaseException as error:
         place = getattr(error, "full_key", None) or "config"
         return values, [f"{place}: {' '.join(str(error).split('full_key')[0].split())}"]
+
+
+def _without_null_stages(values: dict[str, Any]) -> dict[str, Any]:
+    """The tree without the stages that were taken out (``recipe.stages.alone=null``)."""
+    recipe = values["recipe"]
+    stages = recipe.get("stages") if isinstance(recipe, dict) else None
+    if not isinstance(stages, dict):
+        return values  # Reported with whatever else is wrong.
+    kept = {name: node for name, node in stages.items() if node is not None}
+    return {**values, "recipe": {**recipe, "stages": kept}}
 
 
 def _texts(value: Any) -> Iterator[str]:

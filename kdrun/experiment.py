@@ -163,6 +163,9 @@ def _run_stages(
             "input_shape": data.input_shape,
             "artefacts": {name: artefact.name for name, artefact in context.artefacts.items()},
             "seconds": time.time() - began,
+            # What a recipe without an evaluation leaves.
+            "networks": {},
+            "objective": None,
         }
         write_json(directory / RESULT, facts | context.result)
 

@@ -16,6 +16,8 @@ def summary_table(result: Mapping[str, Any]) -> str:
     Args:
         result: the content of ``result.json``.
     """
+    if not result["networks"]:
+        return "\nno stage of this recipe evaluates the networks"
     protocol = {
         "holdout": "best = best epoch on the held-out validation split; test evaluated once",
         "paper": "protocol=paper: best = best epoch on the test set, as many papers report it",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kdrun.data.module import DataModule
+from kdrun.errors import UserError
 from kdrun.interruption import SignalWatch
 from kdrun.logs import Console
 from kdrun.store import Artefact, Store
@@ -14,6 +15,16 @@ from kdrun.tasks.task import Task
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
+
+
+class Artefacts(dict[str, Artefact]):
+    """What the stages so far have left, by the stage's name."""
+
+    def __missing__(self, name: str) -> Artefact:
+        raise UserError(
+            f"the recipe has no stage {name} before one that needs what it makes; "
+            f"do not take recipe.stages.{name} out"
+        )
 
 
 @dataclass
@@ -44,7 +55,7 @@ class Context:
     console: Console
     watch: SignalWatch
     loggers: list[Logger] = field(default_factory=list)
-    artefacts: dict[str, Artefact] = field(default_factory=dict)
+    artefacts: Artefacts = field(default_factory=Artefacts)
     result: dict[str, Any] = field(default_factory=dict)
     limit_batches: int | None = None
 
