@@ -119,8 +119,10 @@ class TrainingLog:
             if name.startswith("weighted/")
         )
         objective = row[f"validation/{self.objective}"]
+        # There is no loss where every step of the epoch was left out.
+        loss = row.get("loss", float("nan"))
         self.console.say(
-            f"{self.name}  epoch {int(row['epoch'])}/{epochs}  loss {row['loss']:.4f}  ({terms})  "
+            f"{self.name}  epoch {int(row['epoch'])}/{epochs}  loss {loss:.4f}  ({terms})  "
             f"val {self.objective} {objective:.2f}  {row['samples_per_second']:.0f}/s  "
             f"{clock(row['seconds'] * (epochs - row['epoch']))} left"
         )
