@@ -21,7 +21,7 @@ from kdrun.report.details import (
 from kdrun.report.results import Entry, Results
 from kdrun.report.runs import Run
 
-MOST_COLUMNS, MOST_ROWS, MOST_NETWORKS, MOST_TERMS = 8, 5, 12, 12
+MOST_COLUMNS, MOST_ROWS, MOST_NETWORKS, MOST_TERMS = 8, 4, 12, 12
 """A page draws so many columns; so many methods in one figure; so many networks in a matrix of
 agreement; and the loss terms of so many configurations."""
 
@@ -72,7 +72,7 @@ def of_run(run: Run) -> dict[str, list[Drawing]]:
             x, y = curves["epoch"], curves[PREFIX + run.metric]
             colour, reference = colours[network], network != "distilled"
             lines.append(figures.Line(network, colour, x, y, reference=reference))
-    found: dict[str, list[Drawing]] = {"curves": [], "terms": [], "calibration": []}
+    found: dict[str, list[Drawing]] = {"curves": [], "calibration": [], "confusion": []}
     if lines:
         found["curves"].append(Drawing(figures.curves("Validation", lines, run.metric)))
     curves = curves_of(run, "distilled")
@@ -81,18 +81,18 @@ def of_run(run: Run) -> dict[str, list[Drawing]]:
         found["curves"].append(Drawing(figures.curves("Training of the student", [loss], "loss")))
         terms = _weighted(curves)
         if terms:
-            found["terms"].append(Drawing(figures.shares("Distillation", curves["epoch"], terms)))
+            svg = figures.shares("Terms of the loss", curves["epoch"], terms)
+            found["curves"].append(Drawing(svg))
     said = predictions_of(run, "last")
-    found["agreement"] = []
     if said is not None:
         diagrams = {
             network: reliability(said.confidence[network], said.predicted[network] == said.target)
             for network in run.networks
             if network in said.predicted
         }
-        svg = figures.reliability_diagram("Test set", diagrams, colours)
-        found["calibration"].append(Drawing(svg))
-        found["agreement"] = _confusions(said)
+        svg = figures.reliability_diagram("Confidence and accuracy", diagrams, colours)
+        found["calibration"] = [Drawing(svg), *_agreement_of_two(said)]
+        found["confusion"] = _confusions(said)
     return found
 
 
@@ -203,22 +203,23 @@ def _weighted(curves: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {k.removeprefix(mark): v for k, v in curves.items() if k.startswith(mark)}
 
 
+def _agreement_of_two(said: Predictions) -> list[Drawing]:
+    """Who of the distilled student and its teacher is right."""
+    if not {"distilled", "teacher"} <= said.predicted.keys():
+        return []
+    shares = right_and_wrong(said.target, said.predicted["distilled"], said.predicted["teacher"])
+    svg = figures.bars("Student and teacher", shares, "percent of the test samples")
+    return [Drawing(svg)]
+
+
 def _confusions(said: Predictions) -> list[Drawing]:
     found = []
-    if {"distilled", "teacher"} <= said.predicted.keys():
-        shares = right_and_wrong(
-            said.target, said.predicted["distilled"], said.predicted["teacher"]
-        )
-        caption = "Shares of the test samples."
-        found.append(Drawing(figures.bars("Student and teacher", shares, "percent"), caption))
     for network in ("distilled", "teacher"):
         if network in said.predicted:
             matrix = confusion(said.target, said.predicted[network])
             labels = [str(number) for number in range(len(matrix))]
-            svg = figures.heatmap(
-                f"Confusion, {network}", matrix, labels, "predicted", "true class"
-            )
-            found.append(Drawing(svg, "Percent of each true class."))
+            svg = figures.heatmap(network, matrix, labels, "predicted", "true class")
+            found.append(Drawing(svg))
     return found
 
 

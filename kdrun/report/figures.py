@@ -59,6 +59,13 @@ STYLE = {
 }
 
 
+RARE = 0.01
+"""A bin of the reliability diagram with a smaller share of the samples is not drawn."""
+
+EARLY = 0.2
+"""This share of the epochs may lie outside a figure of curves, so that the rest can be seen."""
+
+
 @dataclass(frozen=True)
 class Line:
     """A curve with a band.
@@ -92,7 +99,7 @@ class Point:
 
 
 def curves(title: str, lines: Sequence[Line], y: str) -> str:
-    """Curves over epochs, with bands."""
+    """Curves over epochs, with bands; the axis begins where the curves are early in training."""
     with _styled():
         figure, axes = _figure(HEIGHT + 0.14 * len(lines))
         for line in lines:
@@ -104,7 +111,8 @@ def curves(title: str, lines: Sequence[Line], y: str) -> str:
             if line.low is not None and line.high is not None:
                 axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.18, lw=0)
         axes.set(title=title, xlabel="epoch", ylabel=y)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        _epochs(axes, max(len(line.x) for line in lines))
+        _focus(axes, [line.mean for line in lines])
         _legend(figure, axes)
         return _svg(figure, f"{title}: {y} over epochs")
 
@@ -140,8 +148,11 @@ def reliability_diagram(
         axes.plot([0, 1], [0, 1], ":", color=INK, linewidth=1)
         for label, found in networks.items():
             colour = SERIES[colours[label] % len(SERIES)]
-            axes.plot(found.confidence, found.accuracy, color=colour, linewidth=1)
-            axes.scatter(found.confidence, found.accuracy, 6 + 120 * found.share, color=colour)
+            # The accuracy of a handful of samples is noise.
+            often = found.share >= RARE
+            confidence, accuracy = found.confidence[often], found.accuracy[often]
+            axes.plot(confidence, accuracy, color=colour, linewidth=1)
+            axes.scatter(confidence, accuracy, 6 + 120 * found.share[often], color=colour)
             axes.plot([], [], "o-", color=colour, label=f"{label} (ECE {found.error:.1f}%)")
         axes.set(
             title=title, xlabel="confidence", ylabel="accuracy", xlim=(0, 1.03), ylim=(0, 1.03)
@@ -186,11 +197,11 @@ def shares(title: str, epochs: np.ndarray, terms: Mapping[str, np.ndarray]) -> s
             for part, name, colour in zip(parts, terms, colours, strict=True):
                 axes.bar([epochs[0]], part, bottom=bottom, color=colour, label=name, width=0.5)
                 bottom += float(part[0])
-            axes.set_xlim(epochs[0] - 1, epochs[0] + 1)
         else:
             axes.stackplot(epochs, parts, labels=list(terms), colors=colours, alpha=0.85)
+            axes.set_xlim(epochs[0], epochs[-1])
         axes.set(title=title, xlabel="epoch", ylabel="share of the loss, %", ylim=(0, 100))
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        _epochs(axes, len(epochs))
         _legend(figure, axes)
         return _svg(figure, f"{title}: shares of the loss over epochs")
 
@@ -246,6 +257,28 @@ def _figure(height: float) -> tuple[Figure, Axes]:
 
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, figure.add_subplot()
+
+
+def _epochs(axes: Axes, count: int) -> None:
+    """Whole epochs on the axis; a single one in the middle of it."""
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    if count == 1:
+        axes.set_xticks([1])
+        axes.set_xlim(0, 2)
+
+
+def _focus(axes: Axes, means: Sequence[np.ndarray]) -> None:
+    """Let the axis begin (or end, for what falls) where the curves are after the first epochs."""
+    later = [mean[max(1, round(EARLY * len(mean))) :] for mean in means if len(mean) > 4]
+    if len(later) < len(means):
+        return
+    values = np.concatenate(later)
+    values = values[np.isfinite(values)]
+    if not len(values) or not np.ptp(values):
+        return
+    room = 0.08 * np.ptp(values)
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, values.min() - room), min(high, values.max() + room))
 
 
 def _legend(figure: Figure, axes: Axes) -> None:

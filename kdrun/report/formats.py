@@ -11,8 +11,10 @@ from typing import Any
 from kdrun.clock import clock
 from kdrun.files import json_text
 from kdrun.report.results import NOT_RUN, Entry, Results
+from kdrun.report.runs import Run
 
 SHRUNK = "profile={profile}: shrunken runs that only show that everything works; not results"
+SMOKE = "training=smoke: {count}, which only show that everything works; not results"
 PROTOCOLS = {
     "holdout": "protocol=holdout: validation data held out of training, test data used once",
     "paper": "protocol=paper: all training data, test data seen at every epoch",
@@ -152,8 +154,12 @@ def published(entry: Entry) -> str:
 
 
 def difference(entry: Entry) -> str:
-    """Our mean minus the published number, with its sign."""
-    return "" if entry.difference is None else f"{entry.difference:+.{digits(entry)}f}"
+    """Our mean minus the published number, with its sign; zero has none."""
+    if entry.difference is None:
+        return ""
+    places = digits(entry)
+    rounded = round(entry.difference, places)
+    return f"{rounded:+.{places}f}" if rounded else f"{0:.{places}f}"
 
 
 def p_value(entry: Entry) -> str:
@@ -193,7 +199,8 @@ def _heading(results: Results) -> str:
 
 def notes(results: Results) -> list[str]:
     """What must be known to read a table: its protocol, metric, test and sources."""
-    lines = [SHRUNK.format(profile=results.profile)] if results.profile else []
+    warning = shrunken_results(results)
+    lines = [warning] if warning else []
     lines += [PROTOCOLS[name] for name in results.protocols]
     better = {e.metric: "larger" if e.direction == "max" else "smaller" for e in results.entries}
     metrics = ", ".join(f"{metric} ({side} is better)" for metric, side in better.items())
@@ -202,6 +209,23 @@ def notes(results: Results) -> list[str]:
         lines.append(f"p: {TESTS[results.test]}, two-sided, not corrected; ?: cannot be decided")
     lines += [f"published: {source}" for source in results.sources]
     return lines
+
+
+def shrunken_results(results: Results) -> str:
+    """The warning that a table is of shrunken runs, by its profile or by their own settings."""
+    if results.profile:
+        return SHRUNK.format(profile=results.profile)
+    return shrunken(run for entry in results.entries for run in entry.runs)
+
+
+def shrunken(runs: Iterable[Run]) -> str:
+    """The warning that some runs had only ``training=smoke``; empty where none had."""
+    everything = {run.directory: run.names.get("training") == "smoke" for run in runs}
+    number = sum(everything.values())
+    if not number:
+        return ""
+    count = "all runs" if number == len(everything) > 1 else f"{number} of {len(everything)} runs"
+    return SMOKE.format(count="this run" if len(everything) == 1 else count)
 
 
 def _matrix(

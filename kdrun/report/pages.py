@@ -8,39 +8,20 @@ instead of several megabytes, prints, and still opens in ten years.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdrun import __version__
 from kdrun.clock import clock
-from kdrun.errors import UserError
 from kdrun.report import drawings, formats
 from kdrun.report.details import read_provenance
-from kdrun.report.drawings import Drawing
+from kdrun.report.html import Card, Cell, number, places_of, render, sort_key
 from kdrun.report.results import NOT_RUN, Entry, Results
 from kdrun.report.runs import Run
 
-TEMPLATES = Path(__file__).parent / "templates"
 MOST_RUNS = 500
 """So many runs of a table are listed, and their ``env.json`` read."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One cell of a table that can be sorted.
-
-    Attributes:
-        text: what is shown; ``key``: what is sorted by, empty for nothing.
-        style: a class of the style sheet.
-    """
-
-    text: str
-    key: str | float = ""
-    style: str = ""
 
 
 def table_page(results: Results, place: Path) -> str:
@@ -54,6 +35,7 @@ def table_page(results: Results, place: Path) -> str:
         UserError: matplotlib is not installed.
     """
     figures = drawings.of_results(results)
+    warning = formats.shrunken_results(results)
     runs = list({run.directory: run for e in results.entries for run in e.runs}.values())
     sections = [("Overview", "overview"), ("Details", "details")]
     sections += [(TITLES[name], name) for name, found in figures.items() if found]
@@ -61,12 +43,12 @@ def table_page(results: Results, place: Path) -> str:
         HEADS,
         [_detail(results.cells[row, column]) for column in results.columns for row in results.rows],
     )
-    return _render(
+    return render(
         "table.html",
         title=results.title,
         description=results.description,
-        shrunk=formats.SHRUNK.format(profile=results.profile) if results.profile else "",
-        notes=formats.notes(results)[bool(results.profile) :],
+        shrunk=warning,
+        notes=formats.notes(results)[bool(warning) :],
         sections=[*sections, ("Provenance", "provenance")],
         columns=results.columns,
         matrix=[_matrix_line(results, row) for row in results.rows],
@@ -93,7 +75,12 @@ TITLES = {
     "terms": "Loss terms",
     "sensitivity": "Sensitivity",
 }
-"""Sections with drawings, by their anchors."""
+OF_RUN = {
+    "curves": "Training",
+    "calibration": "Calibration and agreement",
+    "confusion": "Confusion",
+}
+"""Sections with drawings of a table and of a run, by their anchors."""
 
 
 def run_page(run: Run) -> str:
@@ -106,14 +93,15 @@ def run_page(run: Run) -> str:
     environment = read_provenance(run)
     names = run.names
     sections = [("Results", "results")]
-    sections += [(TITLES[name], name) for name, found in figures.items() if found]
+    sections += [(OF_RUN[name], name) for name, found in figures.items() if found]
     heads, rows = _networks(run)
-    return _render(
+    return render(
         "run.html",
         title=f"{names['method']}: {names['teacher']} → {names['student']}",
         description=f"{names['dataset']}, seed {run.seed}",
-        shrunk="",
+        shrunk=formats.shrunken([run]),
         notes=[formats.PROTOCOLS[run.protocol]],
+        cards=_cards(run),
         sections=[*sections, ("Provenance", "provenance")],
         heads=heads,
         rows=rows,
@@ -151,27 +139,27 @@ def _matrix_line(results: Results, row: str) -> dict[str, Any]:
 
 def _sign(entry: Entry) -> str:
     """Whether a difference from the published number is for the better."""
-    if not entry.difference:
+    if not entry.difference or not float(formats.difference(entry)):
         return ""
     return "good" if (entry.difference > 0) == (entry.direction == "max") else "bad"
 
 
 def _detail(entry: Entry) -> dict[str, Any]:
     places = formats.digits(entry)
-    mean = _number(entry.mean, places)
+    mean = number(entry.mean, places)
     if entry.mean is None:
         mean = Cell("–" if entry.missing == NOT_RUN else entry.missing, style="missing")
     cells = [
         Cell(entry.column, entry.column, "left"),
         Cell(entry.row, entry.row, "left"),
         mean,
-        _number(entry.std, places),
+        number(entry.std, places),
         Cell(formats.count(entry), entry.n or ""),
-        _number(entry.published, places),
-        Cell(formats.difference(entry), _key(entry.difference), _sign(entry)),
-        Cell(formats.p_value(entry), _key(entry.test.p_value if entry.test else None)),
-        _number(entry.adjusted, 3),
-        Cell(clock(entry.seconds) if entry.seconds else "", _key(entry.seconds)),
+        number(entry.published, places),
+        Cell(formats.difference(entry), sort_key(entry.difference), _sign(entry)),
+        Cell(formats.p_value(entry), sort_key(entry.test.p_value if entry.test else None)),
+        number(entry.adjusted, 3),
+        Cell(clock(entry.seconds) if entry.seconds else "", sort_key(entry.seconds)),
     ]
     return {
         "cells": cells,
@@ -188,6 +176,35 @@ def _without_empty_columns(
     used = [i for i in range(len(heads)) if any(line["cells"][i].text for line in lines)]
     shown = [line | {"cells": [line["cells"][i] for i in used]} for line in lines]
     return [heads[i] for i in used], shown
+
+
+def _cards(run: Run) -> list[Card]:
+    """The last weights of each network in one number, and what distillation has done."""
+    values = {role: run.value(role, run.metric, "last") for role in run.networks}
+    teacher, alone, distilled = map(values.get, ("teacher", "alone", "distilled"))
+    sign = 1.0 if run.direction == "max" else -1.0
+    cards = []
+    for role, value in values.items():
+        size = run.networks[role].get("parameters")
+        note = f"{run.names.get(role, run.names['student'])}, {size:,} parameters" if size else ""
+        cards.append(Card(LABELS.get(role, role), "" if value is None else f"{value:.2f}", note))
+    if distilled is not None and alone is not None:
+        note = f"{run.metric}, distilled minus alone"
+        if teacher is not None and sign * (teacher - alone) > 0:
+            closed = 100 * (distilled - alone) / (teacher - alone)
+            if closed >= 0:
+                note = f"{closed:.0f}% of the way from the student alone to the teacher"
+        cards.append(Card("gained", f"{distilled - alone:+.2f}", note))
+    found = run.results("distilled", "last") or {}
+    if found.get("agreement") is not None:
+        kl = found.get("kl")
+        note = "same answer on the test set" + ("" if kl is None else f"; KL {kl:.4f}")
+        cards.append(Card("agreement with the teacher", f"{found['agreement']:.1f}%", note))
+    return cards
+
+
+LABELS = {"alone": "student alone"}
+"""Roles of networks whose cards have other names."""
 
 
 def _networks(run: Run) -> tuple[list[str], list[list[Cell]]]:
@@ -209,23 +226,11 @@ def _networks(run: Run) -> tuple[list[str], list[list[Cell]]]:
                 Cell(label, label),
                 Cell(str(facts.get("network", ""))),
                 Cell(f"{parameters:,}" if parameters else "", parameters or ""),
-                *(_number(values.get(name), _places(values.get(name))) for name in metrics),
-                Cell(clock(seconds) if seconds else "", _key(seconds)),
+                *(number(values.get(name), places_of(values.get(name))) for name in metrics),
+                Cell(clock(seconds) if seconds else "", sort_key(seconds)),
             ]
         )
     return heads, rows
-
-
-def _places(value: float | None) -> int:
-    return 2 if value is None or abs(value) >= 10 else 4
-
-
-def _number(value: float | None, places: int) -> Cell:
-    return Cell("" if value is None else f"{value:.{places}f}", _key(value))
-
-
-def _key(value: float | None) -> str | float:
-    return "" if value is None or not math.isfinite(value) else value
 
 
 # -- provenance ------------------------------------------------------------------------------------
@@ -277,30 +282,3 @@ def _link(run: Run, place: Path) -> dict[str, str]:
 
 def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
-
-
-# -- rendering -------------------------------------------------------------------------------------
-
-
-def _render(template: str, **values: Any) -> str:
-    try:
-        from jinja2 import Environment, FileSystemLoader, StrictUndefined
-        from markupsafe import Markup
-    except ImportError:
-        raise UserError("pages need jinja2: pip install 'kdrun[report]'") from None
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    css, js = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    figures: dict[str, Sequence[Drawing]] = values.pop("drawings")
-    shown = {
-        name: [{"svg": Markup(drawing.svg), "caption": drawing.caption} for drawing in found]
-        for name, found in figures.items()
-    }
-    return environment.get_template(template).render(
-        css=Markup(css), js=Markup(js), version=__version__, drawings=shown, **values
-    )

@@ -103,9 +103,7 @@ def test_a_table_page_has_every_section_and_is_whole(runs: list[Run], tmp_path: 
 def test_a_run_page_has_every_section_and_is_whole(runs: list[Run]) -> None:
     page = run_page(runs[0])
     elements = Elements(page)
-    assert {"results", "curves", "terms", "calibration", "agreement", "provenance"} <= {
-        *elements.ids
-    }
+    assert {"results", "curves", "calibration", "confusion", "provenance"} <= {*elements.ids}
     assert elements.tags["svg"] == 7
     assert "<script>alert" not in page
     assert "temperature: 4.0" in page and "cccccccccccc with uncommitted changes" in page
