@@ -23,6 +23,10 @@ def conflicts(config: Mapping[str, Any]) -> Iterator[str]:
         yield "teacher.finetune: there are no weights to start from; give teacher.checkpoint"
     if teacher["checkpoint"] and teacher.get("pretrained"):
         yield "teacher.checkpoint: teacher.pretrained=true gives weights too; choose one of them"
+    if teacher["fold"] and teacher["mode"] == "batch_stats":
+        yield "teacher.fold: with teacher.mode=batch_stats there is nothing to fold; set it false"
+    if teacher["precision"] == "bf16" and trainer["precision"] == 64:
+        yield "teacher.precision: bf16 in a run of 64-bit numbers; set one of them to 32"
     yield from _cache(config)
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from kdrun.layers.taps import Taps
 from kdrun.outputs import Batch, ModelOutput
 from kdrun.tasks.task import Task
+
+HALF = (torch.bfloat16, torch.float16)
 
 
 def run_network(
@@ -40,5 +43,9 @@ def _tapped(task: Task, network: nn.Module, batch: Batch, taps: Taps | None) -> 
         return task.forward(network, batch)
     with taps:
         output = task.forward(network, batch)
-    output.features.update(taps.collect())
+    features = taps.collect()
+    if not torch.is_autocast_enabled(batch.index.device.type):
+        # A frozen network may compute in half precision where the student does not.
+        features = {n: f.float() if f.dtype in HALF else f for n, f in features.items()}
+    output.features.update(features)
     return output

@@ -40,6 +40,8 @@ class Teacher:
     finetune: bool
     weights: Literal["last", "best"]
     mode: Literal["eval", "batch_stats"]
+    precision: Literal[32, "bf16"]
+    fold: bool
     seed: NonNegativeInt
     allow_chance: bool
     cache: Literal["none", "logits", "topk", "features"]
@@ -123,6 +125,7 @@ class Trainer:
     precision: Literal[32, 64, "bf16"]
     accumulate: PositiveInt
     compile: bool
+    channels_last: bool
     num_threads: PositiveInt | None
     deterministic: bool
     progress: Literal["auto", "line", "plain", "off"]

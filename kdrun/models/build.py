@@ -14,8 +14,8 @@ from kdrun.inputs import read_only
 from kdrun.targets import KEY
 
 ROLE_KEYS = (
-    *("checkpoint", "init_from", "mode", "seed", "weights", "allow_chance", "finetune"),
-    *("cache", "cache_views", "cache_seed", "cache_top_k", "cache_dtype"),
+    *("checkpoint", "init_from", "finetune", "weights", "seed", "mode", "precision", "fold"),
+    *("allow_chance", "cache", "cache_views", "cache_seed", "cache_top_k", "cache_dtype"),
 )
 """Entries of a network's config node that say what it is for, not what it is."""
 

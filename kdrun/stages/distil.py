@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from kdrun.assembly import Assembly, assemble, build_network, make_method, with_batch_statistics
+from kdrun.assembly import (
+    Assembly,
+    assemble,
+    build_network,
+    make_method,
+    sample_batch,
+    with_batch_statistics,
+)
 from kdrun.checkpoints import load_weights
+from kdrun.data.module import DataModule
 from kdrun.errors import UserError
 from kdrun.evaluation import evaluate
+from kdrun.layers.frozen import fold_batch_norm, run_in_bfloat16
 from kdrun.stages.recorded import open_recording
 from kdrun.stages.stage import Context, Stage
 from kdrun.stages.train import existing_file, initial_student, load_network
@@ -24,6 +34,9 @@ from kdrun.stages.training import (
 
 SMALL_SHARE = 0.01
 """A loss term with a smaller share of the first gradient hardly takes part; the user is told."""
+
+SMALLEST_AGREEMENT = 99.0
+"""Percent of the samples on which a cheaper form of a teacher should say what the teacher says."""
 
 
 class Distil(Stage):
@@ -52,7 +65,7 @@ class Distil(Stage):
 
     def produce(self, context: Context, name: str, directory: Path) -> None:
         """Check the teacher, then train."""
-        assembly = assemble_run(context)
+        assembly = assemble_run(context, training=True)
         self._check_teachers(context, assembly)
         outcome = train(
             context,
@@ -77,13 +90,22 @@ class Distil(Stage):
         task = context.task
         frozen = [role for role in assembly.teachers if role not in assembly.method.trainable_roles]
         for role in frozen:
-            metrics = evaluate({role: assembly.teachers[role]}, context, context.data.validation)[
-                role
-            ]
+            networks = {role: assembly.teachers[role]}
+            source = assembly.method.roles()[role]
+            if is_approximate(context.config[source]):
+                networks["exact"] = load_network(context, source)
+            metrics = evaluate(
+                networks,
+                context,
+                context.data.validation,
+                reference="exact" if "exact" in networks else None,
+            )[role]
             value = metrics[task.objective]
             context.console.say(
                 f"{role}: {context.names.get(role, role)}, validation {task.objective} {value:.2f}"
             )
+            if "agreement" in metrics:
+                self._report_agreement(context, source, metrics["agreement"])
             chance = task.chance()
             if chance is None or context.limit_batches or context.config["teacher"]["allow_chance"]:
                 continue
@@ -95,9 +117,42 @@ class Distil(Stage):
                     "teacher.allow_chance=true distils from it all the same"
                 )
 
+    def _report_agreement(self, context: Context, source: str, agreement: float) -> None:
+        options = f"{source}.precision and {source}.fold"
+        context.console.say(
+            f"{source}: as set by {options}, it agrees with its exact self on {agreement:.2f}% "
+            "of the validation split"
+        )
+        if agreement < SMALLEST_AGREEMENT:
+            context.console.say(
+                f"warning: that is little; without {options} it teaches what it learned"
+            )
 
-def assemble_run(context: Context) -> Assembly:
-    """The method and all networks of a run, with the initial student."""
+
+def is_approximate(node: Mapping[str, Any]) -> bool:
+    """Whether a frozen network is run in a cheaper form while a student is trained."""
+    return node["precision"] != 32 or node["fold"]
+
+
+def in_cheaper_form(network: nn.Module, node: Mapping[str, Any], data: DataModule) -> nn.Module:
+    """A frozen network as ``precision`` and ``fold`` of its config node ask for.
+
+    Raises:
+        UserError: it cannot be folded.
+    """
+    if node["fold"]:
+        try:
+            network = fold_batch_norm(network, sample_batch(data).inputs)
+        except ValueError as error:
+            raise UserError(f"fold=true: {error}") from error
+    return run_in_bfloat16(network) if node["precision"] == "bf16" else network
+
+
+def assemble_run(context: Context, training: bool = False) -> Assembly:
+    """The method and all networks of a run, with the initial student.
+
+    For ``training``, frozen networks may come in a cheaper form.
+    """
     config = context.config
     method = make_method(config["method"])
     teachers: dict[str, nn.Module] = {}
@@ -117,6 +172,8 @@ def assemble_run(context: Context) -> Assembly:
             teachers[role] = load_network(context, source)
             if config[source]["mode"] == "batch_stats":
                 teachers[role] = with_batch_statistics(teachers[role])
+            if training:
+                teachers[role] = in_cheaper_form(teachers[role], config[source], context.data)
     return assemble(
         method,
         initial_student(context),

@@ -45,7 +45,7 @@ def training_settings(config: Mapping[str, Any], role: str) -> dict[str, Any]:
 def training_key(context: Context, role: str) -> dict[str, Any]:
     """What any training depends on besides its networks and method."""
     trainer = context.config["trainer"]
-    numerics = ("precision", "accumulate", "compile")
+    numerics = ("precision", "accumulate", "compile", "channels_last")
     return {
         "format": FORMAT,
         "data": context.data.fingerprint,
@@ -147,6 +147,7 @@ def train(
     rank, world_size = distributed.rank(), distributed.world_size()
     dtype = torch.float64 if options["precision"] == 64 else torch.float32
     place = {"device": device, "rank": rank, "world_size": world_size, "dtype": dtype}
+    place["channels_last"] = options["channels_last"]
     # Every rank needs a sample of every batch: a mean over none is no number.
     rest = context.data.train_size % batch_size
     loader = context.data.train(
@@ -177,6 +178,9 @@ def train(
     )
     size = context.data.train_size
     distiller.global_batch = lambda position: min(batch_size, size - position * batch_size)
+    if options["channels_last"]:
+        for network in (*distiller.networks.values(), *distiller.frozen.values()):
+            network.to(memory_format=torch.channels_last)
     if options["compile"]:
         # The first step takes the gradient of each term by itself, so backward runs repeatedly.
         torch._functorch.config.donated_buffer = False
