@@ -39,6 +39,16 @@ def standardize(logits: Tensor) -> Tensor:
 
 
 @full_precision
+def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Entropy of ``softmax(logits / T)`` of ``(..., C)`` in nats, one value per position ``(...)``.
+
+    A class whose probability underflows adds nothing.
+    """
+    log_p = F.log_softmax(logits / temperature, dim=-1)
+    return -(log_p.exp() * log_p).sum(dim=-1)
+
+
+@full_precision
 def kl_divergence(
     student: Tensor,
     teacher: Tensor,

@@ -17,8 +17,12 @@ CONFIGS = sorted((Path(__file__).parents[2] / "conf" / "dataset").glob("*.yaml")
 
 
 def read(path: Path) -> dict:
+    """A config with those that it builds on."""
     node = yaml.safe_load(path.read_text(encoding="utf-8"))
-    node.pop("defaults", None)
+    parents = [name for name in node.pop("defaults", []) if name != "_self_"]
+    for parent in parents:
+        if isinstance(parent, str):
+            node = read(path.with_name(f"{parent}.yaml")) | node
     return node
 
 

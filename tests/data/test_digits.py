@@ -115,3 +115,15 @@ def test_tables(name, width, classes, rows):
 def test_a_table_that_is_not_there():
     with pytest.raises(UserError, match="this version of scikit-learn has no"):
         bundled_table("nothing.csv")
+
+
+def test_few_shot_and_inputs_within_the_unit_interval(digits):
+    module = Digits(per_class=30, scale="unit")
+    module.prepare("holdout")
+    assert (module.train_size, module.validation_size, module.test_size) == (300, 195, 500)
+    batch = next(iter(module.train(batch_size=300, seed=0, device="cpu")))
+    assert batch.target.bincount().tolist() == [30] * 10
+    assert (batch.inputs.min(), batch.inputs.max()) == (0, pytest.approx(1))
+    assert module.fingerprint != digits.fingerprint
+    with pytest.raises(UserError, match=r"dataset\.per_class=400: class 0 has"):
+        Digits(per_class=400).prepare("holdout")

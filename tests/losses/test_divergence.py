@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from kdrun.losses.divergence import (
     decoupled_divergence,
+    entropy,
     kl_divergence,
     mean_over,
     soft_cross_entropy,
@@ -157,3 +158,13 @@ def test_decoupled_refuses_mixed_targets() -> None:
     logits = random_logits(3, 4)
     with pytest.raises(ValueError, match="class ids"):
         decoupled_divergence(logits, logits, logits.softmax(1), temperature=1.0, t_squared=False)
+
+
+def test_entropy_of_a_fair_coin_of_certainty_and_of_the_naive_loop() -> None:
+    assert entropy(torch.tensor([[0.0, 0.0]])).item() == pytest.approx(math.log(2))
+    assert entropy(torch.tensor([[1e4, 0.0]])).item() == 0
+    logits = random_logits(4, 5)
+    for row, value in zip(logits, entropy(logits, 3.0), strict=True):
+        probabilities = (row / 3).softmax(0).tolist()
+        expected = -sum(p * math.log(p) for p in probabilities)
+        assert value.item() == pytest.approx(expected, rel=1e-12)

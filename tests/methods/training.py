@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -112,9 +113,12 @@ def start(
     make_peer: Callable[[], nn.Module] = ConvNet,
 ) -> Session:
     """Wrap, tap, set up from a dry forward of two samples, prepare."""
+    pupil = copy.deepcopy(teacher)
     teacher.eval().requires_grad_(False)
     others = {
-        role: make_peer() if source == "student" else teacher
+        role: make_peer()
+        if source == "student"
+        else (pupil if role in method.trainable_roles else teacher)
         for role, source in method.roles().items()
     }
     two = data.rows(slice(2))
