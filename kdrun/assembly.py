@@ -68,7 +68,7 @@ def assemble(
         UserError: a method for other tasks, or networks that cannot work together, naming both and
             the shapes.
     """
-    if task.name not in method.tasks:
+    if method.tasks and task.name not in method.tasks:
         raise UserError(
             f"{type(method).__name__} is made for {', '.join(method.tasks)}, not for {task.name}"
         )

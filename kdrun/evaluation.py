@@ -101,7 +101,7 @@ def evaluate(
         Metrics by network: the task's, and ``kl`` and ``agreement`` where there is a reference.
     """
     device = evaluation_device(context.config["trainer"]["accelerator"])
-    batch_size = max(256, context.config["training"]["batch_size"])
+    batch_size = context.data.evaluation_batch_size(context.config["training"]["batch_size"])
     metrics, fidelity = {}, {}
     for name, network in networks.items():
         network.to(device).eval()

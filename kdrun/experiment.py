@@ -13,9 +13,9 @@ from typing import Any
 import yaml
 
 from kdrun import distributed
-from kdrun.build import allowing, instantiate
+from kdrun.build import allowing, instantiate, resolve
 from kdrun.data.module import DataModule
-from kdrun.errors import Interrupted
+from kdrun.errors import Interrupted, UserError
 from kdrun.files import read_json, write_atomically, write_json
 from kdrun.identity import identity, run_directory
 from kdrun.interruption import SignalWatch, Stopped
@@ -27,6 +27,7 @@ from kdrun.redaction import remember_secrets
 from kdrun.report.summary import summary_table
 from kdrun.stages.stage import Context, Stage
 from kdrun.store import Store, make_once
+from kdrun.targets import KEY
 from kdrun.tasks.task import Task
 
 RESULT_SCHEMA = 1
@@ -92,12 +93,21 @@ def run_experiment(
 
 
 def prepare_data(config: Mapping[str, Any]) -> tuple[DataModule, Task]:
-    """The data set, loaded and split, and the task on it."""
+    """The data set, loaded and split, and the task on it.
+
+    Raises:
+        UserError: the data set cannot be had, or is for another task.
+    """
     data = instantiate(dict(config["dataset"]))
+    wanted = resolve(config["task"][KEY]).name
+    if data.task != wanted:
+        raise UserError(f"task={wanted}: this data set is for {data.task}; set task={data.task}")
     data.prepare(config["protocol"])
-    smoothing = config["training"]["label_smoothing"]
     task = instantiate(
-        dict(config["task"]), num_classes=data.num_classes, label_smoothing=smoothing
+        dict(config["task"]),
+        num_classes=data.num_classes,
+        label_smoothing=config["training"]["label_smoothing"],
+        **data.task_arguments,
     )
     return data, task
 

@@ -42,7 +42,8 @@ class Method(nn.Module):
             draws random numbers row by row.
         trainable_roles: roles besides the student that are trained with it, each with its own
             optimiser and schedule (``("teacher",)`` for online distillation).
-        tasks: the tasks that the method supports; the contract tests run each of them.
+        tasks: the tasks that the method supports, empty for any; the contract tests run each of
+            them.
         views: names of further augmented views that batches must carry, e.g. ``("strong",)``; the
             engine runs every network on each and hands over ``output.views[name]``.
         zero_at_equality: all distillation terms vanish when student and teacher agree.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
 import torch
@@ -58,6 +59,7 @@ class DataModule(ABC):
         input_shape: one input, ``(C, H, W)`` or ``(D,)``; by name where there are several.
         class_names: the names, by class id.
         train_size: samples in the training split; likewise ``validation_size``, ``test_size``.
+        task_arguments: arguments of the task's constructor that only the data set knows.
 
     Args:
         val_fraction: share of train held out for validation where the set brings none.
@@ -71,6 +73,7 @@ class DataModule(ABC):
     train_size: int
     validation_size: int
     test_size: int
+    task_arguments: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, *, val_fraction: float, preprocessing: Preprocessing) -> None:
         self.val_fraction = val_fraction
@@ -91,6 +94,10 @@ class DataModule(ABC):
     def select(self, train: Part) -> Tensor:
         """Rows of the training split that are used; a subclass may leave some out."""
         return torch.arange(len(train))
+
+    def evaluation_batch_size(self, training: int) -> int:
+        """Samples that are evaluated at once, given how many are trained on at once."""
+        return max(256, training)
 
     def prepare(self, protocol: EvaluationProtocol = "holdout") -> None:
         """Load the data and make the splits."""

@@ -95,7 +95,7 @@ class _Recorder:
         batch_size = context.config["training"]["batch_size"]
         self.rows, limit = context.data.train_size, context.limit_batches
         if limit is None:
-            batch_size = max(256, batch_size)
+            batch_size = context.data.evaluation_batch_size(batch_size)
         else:  # A trial needs only the batches that it will train on.
             self.rows = min(self.rows, limit * batch_size)
         self.options = LoaderOptions(

@@ -25,6 +25,8 @@ WEIGHTS = {"last": "network.safetensors", "best": "network_best.safetensors"}
 class Supervised(Method):
     """No distillation: the task's own loss."""
 
+    tasks: ClassVar[tuple[str, ...]] = ()
+
     def roles(self) -> Mapping[str, str]:
         """No network but the student."""
         return {}

@@ -158,7 +158,9 @@ def train(
         cycle=recording.cycle if recording else None,
         **place,
     )
-    validation = context.data.validation(batch_size=max(batch_size, 256), **place)
+    validation = context.data.validation(
+        batch_size=context.data.evaluation_batch_size(batch_size), **place
+    )
     steps = len(loader) if context.limit_batches is None else context.limit_batches
     teachers, stand_ins, recorded = dict(assembly.teachers), {}, {}
     if recording is not None:
