@@ -243,7 +243,7 @@ def _annotation(tree: Mapping[str, Any], prefix: str, key: str) -> tuple[Any, st
     for part in path:
         node = node[part]
     place = ".".join([prefix, *path])
-    kind = schema.SECTIONS.get(place) or schema.BESIDE_ARGUMENTS.get(place)
+    kind = schema.SECTIONS.get(place) or schema.beside_arguments(place)
     fields = schema.fields_of(kind) if kind else {}
     if last in fields:
         return fields[last], ""

@@ -19,7 +19,9 @@ from kdrun.parameters import find_source
 
 ROLES = ("teacher", "student")
 GROUPS = ("method", "recipe", "dataset", "task", "training", *ROLES, "trainer", "logger")
-"""Config groups as they are typed; the two roles share the folder ``model``."""
+"""Config groups as they are typed; the roles share the folder ``model``."""
+FURTHER = "_teacher"
+"""What the names of further networks end in."""
 
 SWEEP_GROUPS = {
     "launcher": "sweep/hydra/launcher/kdrun",
@@ -85,9 +87,28 @@ class Catalogue:
         return sorted(found)
 
 
+def is_network(key: str) -> bool:
+    """Whether a config entry is a network: teacher, student, or a further ``<word>_teacher``.
+
+    A method or recipe that needs further networks brings their entries, each with the options of
+    ``teacher``: ``/model@_global_.image_teacher: resnet8`` in its defaults list.
+    """
+    return key in ROLES or is_further_network(key)
+
+
+def is_further_network(key: str) -> bool:
+    """Whether a config entry is a network besides teacher and student."""
+    return key.endswith(FURTHER) and key.isidentifier()
+
+
+def is_group(key: str) -> bool:
+    """Whether a key as typed chooses one of several configs."""
+    return key in GROUPS or is_further_network(key)
+
+
 def folder(group: str) -> str:
     """The folder of a group, relative to the root of the config tree."""
-    return "model" if group in ROLES else SWEEP_GROUPS.get(group, group)
+    return "model" if is_network(group) else SWEEP_GROUPS.get(group, group)
 
 
 def typed_group(key: str) -> str:
@@ -179,12 +200,9 @@ def unknown_choice(group: str, name: str, choices: list[str]) -> str:
     """The line for a choice that does not exist."""
     meant = nearest(name, choices)
     hint = f" Did you mean {group}={meant}?" if meant else ""
-    plural = PLURALS.get(group, f"{group}s")
+    plural = "models" if is_network(group) else f"{group}s"
     options = listing(choices, more=f"kdrun ls {plural}") if choices else "none"
     return f"{group}={name}: no such {group}.{hint} ({plural}: {options})"
-
-
-PLURALS = {"teacher": "models", "student": "models"}
 
 
 # -- what files say -------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from kdrun import schema
-from kdrun.catalogue import GROUPS, listing, nearest
+from kdrun.catalogue import GROUPS, is_group, is_network, listing, nearest
 from kdrun.parameters import Parameter, complaint, describe
 from kdrun.targets import KEY, is_allowed, is_defined, refusal, signature_of
 
@@ -39,10 +39,11 @@ class _Checker:
         self.names, self.packages = names, packages
 
     def run(self, values: dict[str, Any]) -> Iterator[str]:
-        plain = {key: value for key, value in values.items() if key not in GROUPS}
+        plain = {key: value for key, value in values.items() if not is_group(key)}
+        further = (key for key in values if is_group(key) and key not in GROUPS)
         yield from self.section(plain, "", schema.Root)
         values |= plain
-        for group in GROUPS:
+        for group in (*GROUPS, *further):
             if isinstance(values.get(group), dict):
                 yield from self.mapping(values[group], group)
             else:
@@ -52,7 +53,7 @@ class _Checker:
         """A section with a schema, a node with a target, or a mapping of such."""
         if place in schema.SECTIONS:
             yield from self.section(node, place, schema.SECTIONS[place])
-        elif KEY in node or place in schema.BESIDE_ARGUMENTS:
+        elif KEY in node or schema.beside_arguments(place):
             yield from self.node(node, place)
         else:
             yield from self.nested(node, place)
@@ -84,10 +85,9 @@ class _Checker:
 
     def node(self, node: dict[str, Any], place: str) -> Iterator[str]:
         """A mapping with ``_target_`` and the arguments of what that names."""
-        beside = {}
-        if place in schema.BESIDE_ARGUMENTS:
-            beside = schema.fields_of(schema.BESIDE_ARGUMENTS[place])
-        required_beside = place in ("teacher", "student", "logger")
+        kind = schema.beside_arguments(place)
+        beside = schema.fields_of(kind) if kind else {}
+        required_beside = place == "logger" or is_network(place)
         arguments: Mapping[str, Parameter] | None = {}
         if KEY in node:
             target = node[KEY]

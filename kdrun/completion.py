@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from kdrun.browse import KINDS
-from kdrun.catalogue import GROUPS, SWEEP_GROUPS, Catalogue, entries
+from kdrun.catalogue import GROUPS, SWEEP_GROUPS, Catalogue, entries, is_network
 
 TAKES_RUN = ("resume", "eval", "export", "diff")
 
@@ -45,7 +45,7 @@ def _candidates(
         groups += list(SWEEP_GROUPS)
     key, equals, _ = typed.partition("=")
     if equals:
-        if key not in groups:
+        if key not in groups and not is_network(key):
             return []
         done, comma, _ = typed.rpartition(",")
         start = f"{done}," if comma else f"{key}="

@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdrun.catalogue import ROLES, Catalogue, typed_group, unknown_choice
+from kdrun.catalogue import (
+    Catalogue,
+    is_further_network,
+    is_network,
+    load_yaml,
+    typed_group,
+    unknown_choice,
+)
 from kdrun.checks import check, unknown_option
 from kdrun.constraints import conflicts
 from kdrun.errors import ConfigErrors
@@ -111,7 +118,7 @@ def _choose(
             continue
         available = catalogue.choices(override.key)
         name = override.value
-        if override.key in ROLES:
+        if is_network(override.key):
             name, entries[override.key] = network_choice(name, available)
         if name not in available:
             problems.append(unknown_choice(override.key, name, available))
@@ -144,7 +151,9 @@ def _base(
     with _hydra(directories[0]) as hydra_compose:
         from hydra.errors import HydraException
 
-        words = [f"{'model@' if group in ROLES else ''}{group}={name}" for group, name in choices]
+        words = [
+            f"{'model@' if is_network(group) else ''}{group}={name}" for group, name in choices
+        ]
         if len(directories) > 1:
             others = ",".join(f"'file://{directory}'" for directory in directories[1:])
             words.append(f"hydra.searchpath=[{others}]")
@@ -152,6 +161,9 @@ def _base(
             tree = hydra_compose("config", words, return_hydra_config=True)
         except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
             message = " ".join(str(error.__cause__ or error).split())
+            unknown = [group for group, _ in choices if f"'model@{group}'" in message]
+            if unknown:
+                raise ConfigErrors([_not_taken(group) for group in unknown]) from error
             raise ConfigErrors([f"the config files do not compose: {message[:300]}"]) from error
     names = {
         typed_group(key.split("@_global_.")[-1]): name
@@ -160,7 +172,14 @@ def _base(
     }
     with open_dict(tree):
         del tree["hydra"]
-    return OmegaConf.to_container(tree, resolve=False), names
+    values = OmegaConf.to_container(tree, resolve=False)
+    options = load_yaml(directories[0] / "config.yaml")["teacher"]
+    further = {key: options | node for key, node in values.items() if is_further_network(key)}
+    return values | further, names
+
+
+def _not_taken(group: str) -> str:
+    return f"{group}: neither the method nor the recipe has such a network"
 
 
 @contextmanager

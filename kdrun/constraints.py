@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from kdrun.catalogue import is_further_network
+
 
 def conflicts(config: Mapping[str, Any]) -> Iterator[str]:
     """Lines for what does not go together in a config whose single values are all valid."""
@@ -17,17 +19,25 @@ def conflicts(config: Mapping[str, Any]) -> Iterator[str]:
     if training["teacher"]["batch_size"] is not None:
         yield from _batches(different["batch_size"], trainer, "training.teacher.batch_size")
     yield from _devices(trainer)
-    teacher = config["teacher"]
-    pretrained = teacher["checkpoint"] or teacher.get("pretrained")
-    if teacher["finetune"] and not pretrained:
-        yield "teacher.finetune: there are no weights to start from; give teacher.checkpoint"
-    if teacher["checkpoint"] and teacher.get("pretrained"):
-        yield "teacher.checkpoint: teacher.pretrained=true gives weights too; choose one of them"
-    if teacher["fold"] and teacher["mode"] == "batch_stats":
-        yield "teacher.fold: with teacher.mode=batch_stats there is nothing to fold; set it false"
-    if teacher["precision"] == "bf16" and trainer["precision"] == 64:
-        yield "teacher.precision: bf16 in a run of 64-bit numbers; set one of them to 32"
+    further = [key for key in config if is_further_network(key)]
+    for entry in ("teacher", *further):
+        yield from _frozen(config[entry], entry, trainer)
     yield from _cache(config)
+    for entry in further:
+        if config[entry]["cache"] != "none":
+            yield f"{entry}.cache: only the outputs of teacher can be recorded; set it to none"
+
+
+def _frozen(node: Mapping[str, Any], entry: str, trainer: Mapping[str, Any]) -> Iterator[str]:
+    pretrained = node["checkpoint"] or node.get("pretrained")
+    if node["finetune"] and not pretrained:
+        yield f"{entry}.finetune: there are no weights to start from; give {entry}.checkpoint"
+    if node["checkpoint"] and node.get("pretrained"):
+        yield f"{entry}.checkpoint: {entry}.pretrained=true gives weights too; choose one of them"
+    if node["fold"] and node["mode"] == "batch_stats":
+        yield f"{entry}.fold: with {entry}.mode=batch_stats there is nothing to fold; set it false"
+    if node["precision"] == "bf16" and trainer["precision"] == 64:
+        yield f"{entry}.precision: bf16 in a run of 64-bit numbers; set one of them to 32"
 
 
 def _cache(config: Mapping[str, Any]) -> Iterator[str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kdrun.catalogue import GROUPS, ROLES, SWEEP_GROUPS, Catalogue
+from kdrun.catalogue import SWEEP_GROUPS, Catalogue, is_group, is_network
 from kdrun.errors import UserError
 from kdrun.targets import is_dotted_path
 
@@ -44,7 +44,7 @@ class Override:
     @property
     def is_choice(self) -> bool:
         """Whether it chooses a config of a group."""
-        return self.key in GROUPS
+        return is_group(self.key)
 
     @property
     def is_sweep(self) -> bool:
@@ -100,7 +100,7 @@ def parse_word(word: str, catalogue: Catalogue) -> Override:
         values, interval = _values(parsed, key, catalogue)
         return Override(key, None, word, tuple(values), interval)
     value = parsed.value()
-    if key in GROUPS:
+    if is_group(key):
         if isinstance(value, (dict, list)):
             raise UserError(
                 f"{word}: names one of the {key} configs; set its options as {key}.x=..."
@@ -128,7 +128,7 @@ def _values(parsed: Parsed, key: str, catalogue: Catalogue) -> tuple[list[str], 
     if isinstance(value, IntervalSweep):
         return [repr(value.start), repr(value.end)], True
     if isinstance(parsed._value, Glob):
-        if key not in GROUPS:
+        if not is_group(key):
             raise UserError(f"{parsed.input_line}: glob() chooses among configs of a group")
         chosen = parsed._value.filter(catalogue.choices(key))
         if not chosen:
@@ -155,6 +155,6 @@ def network_choice(name: str, choices: Sequence[str]) -> tuple[str, dict[str, st
 
 def typed_packages(overrides: Iterable[Override]) -> list[str]:
     """Top-level packages of the dotted paths typed as networks: typing one permits its package."""
-    names = [override.value for override in overrides if override.key in ROLES]
+    names = [override.value for override in overrides if is_network(override.key)]
     paths = [name for name in names if isinstance(name, str) and is_dotted_path(name)]
     return [path.split(".")[0] for path in paths]

@@ -10,6 +10,7 @@ import typing
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from kdrun.catalogue import is_further_network
 from kdrun.parameters import (
     Fraction,
     NonNegative,
@@ -154,6 +155,14 @@ BESIDE_ARGUMENTS: dict[str, type] = {
     "logger": Logger,
 }
 """Sections that hold a class's constructor arguments beside the fields of a dataclass."""
+
+
+def beside_arguments(place: str) -> type | None:
+    """The dataclass whose fields stand beside a class's arguments at a place of the config.
+
+    A further network has those of the teacher.
+    """
+    return BESIDE_ARGUMENTS.get("teacher" if is_further_network(place) else place)
 
 
 def fields_of(schema: type) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from kdrun.stages.train import initial_student
 EPOCHS = {"last": "", "best": "_best"}
 """Which epoch's weights, and what their file's name ends in."""
 
+TEACHER = {"teacher": "teacher"}
+
 
 class Evaluate(Stage):
     """Evaluate teacher, student alone and distilled student (last, and best on validation)."""
@@ -41,11 +43,13 @@ class Evaluate(Stage):
             load_weights(deployed, context.artefacts["distil"].path(f"student{ending}.safetensors"))
             networks[f"distilled/{epoch}"] = deployed
         predictions = Predictions()
-        result = results_on_test(context, networks, predictions)
+        sources = assembly.method.roles()
+        result = results_on_test(context, networks, predictions, sources)
         if distributed.rank() == 0:
             predictions.save(directory / "predictions.safetensors")
-        for role, stage in (("teacher", "teacher"), ("alone", "alone"), ("distilled", "distil")):
-            if role in result and stage in context.artefacts:
+        for role in result:
+            stage = "distil" if role == "distilled" else sources.get(role, role)
+            if stage in context.artefacts:
                 training = read_json(context.artefacts[stage].path("training.json"))
                 result[role]["training"] = training
         context.result["networks"] = result
@@ -54,7 +58,10 @@ class Evaluate(Stage):
 
 
 def results_on_test(
-    context: Context, networks: Mapping[str, nn.Module], predictions: Predictions | None = None
+    context: Context,
+    networks: Mapping[str, nn.Module],
+    predictions: Predictions | None = None,
+    sources: Mapping[str, str] = TEACHER,
 ) -> dict[str, Any]:
     """The metrics of several networks on the test split, in the form of ``result.json``.
 
@@ -63,6 +70,7 @@ def results_on_test(
         networks: by ``<role>`` or, where a role comes with several weights, ``<role>/<epoch>``;
             where there is a ``teacher``, the agreement of all others with it is measured.
         predictions: where to keep what the networks say of each sample; None: nowhere.
+        sources: the config entry of each role that is not built as the student is.
 
     Returns:
         By role: name and size of the network, and its metrics as ``test`` or ``test_<epoch>``.
@@ -72,9 +80,8 @@ def results_on_test(
     result: dict[str, Any] = {}
     for label, network in networks.items():
         role, _, epoch = label.partition("/")
-        source = "teacher" if role == "teacher" else "student"
         facts = {
-            "network": context.names.get(source, role),
+            "network": context.names.get(sources.get(role, "student"), role),
             "parameters": parameter_count(network),
         }
         entry = result.setdefault(role, facts)

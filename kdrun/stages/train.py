@@ -47,25 +47,33 @@ class TrainTeacher(Stage):
 
     ``teacher.checkpoint`` and ``teacher.pretrained`` give finished weights, which are only checked
     and copied into the store; with ``teacher.finetune`` they are where training starts.
+
+    Args:
+        entry: the config entry of the network, after which the stage must be named: ``teacher`` or
+            a further network such as ``image_teacher``.
     """
 
     kind: ClassVar[str] = "network"
     shared: ClassVar[bool] = True
 
+    def __init__(self, *, entry: str = "teacher") -> None:
+        self.entry = entry
+
     def wanted(self, context: Context) -> bool:
-        """Only where the method learns from a frozen teacher."""
+        """Only where the method learns from this network and does not train it itself."""
         method = make_method(context.config["method"])
         frozen = set(method.roles()) - set(method.trainable_roles)
-        return "teacher" in {method.roles()[role] for role in frozen}
+        return self.entry in {method.roles()[role] for role in frozen}
 
     def key(self, context: Context) -> dict[str, Any]:
         """Architecture, origin of the weights and, if it is trained, everything that matters."""
-        node = context.config["teacher"]
+        node = context.config[self.entry]
         key: dict[str, Any] = {"network": architecture(node)}
         if node["checkpoint"]:
-            key["start"] = file_sha256(existing_file(node["checkpoint"], "teacher.checkpoint"))
+            file = existing_file(node["checkpoint"], f"{self.entry}.checkpoint")
+            key["start"] = file_sha256(file)
         if is_trained_here(node):
-            key |= training_key(context, "teacher") | {"seed": node["seed"]}
+            key |= training_key(context, self.entry) | {"seed": node["seed"]}
         else:
             # Only the number of classes decides what such a network looks like.
             key["classes"] = context.data.num_classes
@@ -73,13 +81,13 @@ class TrainTeacher(Stage):
 
     def produce(self, context: Context, name: str, directory: Path) -> None:
         """Train, or copy, the teacher."""
-        node = context.config["teacher"]
+        node = context.config[self.entry]
         network = build_network(node, context.data, node["seed"])
         if node["checkpoint"]:
             load_weights(network, node["checkpoint"])
         if is_trained_here(node):
             train_alone(
-                context, network, name, "teacher", node["seed"], self.key(context), directory
+                context, network, name, self.entry, node["seed"], self.key(context), directory
             )
         elif distributed.rank() == 0:
             save_weights(network, directory / "network.safetensors")

@@ -34,10 +34,13 @@ def architecture(node: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def training_settings(config: Mapping[str, Any], role: str) -> dict[str, Any]:
-    """The ``training`` group as it holds for a role; ``training.teacher`` overrides it."""
+    """The ``training`` group as it holds for a role.
+
+    ``training.teacher`` overrides it for every network but the student.
+    """
     settings = dict(config["training"])
     overrides = settings.pop("teacher", None) or {}
-    if role == "teacher":
+    if role != STUDENT:
         settings |= {key: value for key, value in overrides.items() if value is not None}
     return settings
 

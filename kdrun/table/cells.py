@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kdrun import __version__
-from kdrun.catalogue import GROUPS, Catalogue
+from kdrun.catalogue import Catalogue, is_group
 from kdrun.config import Config, compose
 from kdrun.errors import ConfigErrors
 from kdrun.identity import fingerprint, run_directory
@@ -72,7 +72,7 @@ def merge(layers: Iterable[Sequence[str]]) -> list[str]:
     kept: dict[str, str] = {}
     for layer in layers:
         given = {word.partition("=")[0].lstrip("+").removeprefix("model@"): word for word in layer}
-        chosen = tuple(f"{key}." for key in given if key in GROUPS)
+        chosen = tuple(f"{key}." for key in given if is_group(key))
         kept = {
             key: word
             for key, word in kept.items()
