@@ -47,6 +47,8 @@ class Method(nn.Module):
         views: names of further augmented views that batches must carry, e.g. ``("strong",)``; the
             engine runs every network on each and hands over ``output.views[name]``.
         zero_at_equality: all distillation terms vanish when student and teacher agree.
+        detached: the student's own outputs are held constant in parts of the loss, so that its
+            gradient is that of no single function.
         irregular: the method takes its own optimiser steps in ``step``.
     """
 
@@ -56,6 +58,7 @@ class Method(nn.Module):
     tasks: ClassVar[tuple[str, ...]] = ("classification",)
     views: ClassVar[tuple[str, ...]] = ()
     zero_at_equality: ClassVar[bool] = False
+    detached: ClassVar[bool] = False
     irregular: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
