@@ -42,6 +42,8 @@ KINDS = {
     "tables": "table",
     "launchers": "launcher",
     "sweepers": "sweeper",
+    "pruners": "pruner",
+    "sweeps": "sweep",
 }
 """What ``kdrun ls`` lists, and the config group of each."""
 

@@ -26,6 +26,8 @@ FURTHER = "_teacher"
 SWEEP_GROUPS = {
     "launcher": "sweep/hydra/launcher/kdrun",
     "sweeper": "sweep/hydra/sweeper/kdrun",
+    "pruner": "sweep/pruner",
+    "sweep": "sweep",
 }
 """Groups that only ``-m`` reads, and their folders. Hydra's plugins have configs of the same names,
 which a folder of our own keeps apart."""
@@ -53,7 +55,7 @@ class Catalogue:
             names |= {
                 path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml")
             }
-        return sorted(names)
+        return sorted(name for name in names if not _is_of_another_group(group, name))
 
     def path(self, group: str, name: str) -> Path:
         """The file of a choice.
@@ -109,6 +111,15 @@ def is_group(key: str) -> bool:
 def folder(group: str) -> str:
     """The folder of a group, relative to the root of the config tree."""
     return "model" if is_network(group) else SWEEP_GROUPS.get(group, group)
+
+
+def _is_of_another_group(group: str, name: str) -> bool:
+    """Whether a file below a group's folder belongs to a group that has a folder in there."""
+    place = f"{folder(group)}/{name}"
+    return any(
+        other.startswith(f"{folder(group)}/") and place.startswith(f"{other}/")
+        for other in SWEEP_GROUPS.values()
+    )
 
 
 def typed_group(key: str) -> str:

@@ -210,7 +210,7 @@ def _config(line: CommandLine) -> int:
 
 def _validate(line: CommandLine) -> int:
     if line.multirun:
-        from kdrun.sweep import check as check_sweep
+        from kdrun.sweep_plan import check as check_sweep
 
         problems = check_sweep(line.words, line.catalogue())
         if problems:

@@ -20,7 +20,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from kdrun import distributed
+from kdrun import distributed, pruning
 from kdrun.checkpoints import save_weights
 from kdrun.data.loader import Loader
 from kdrun.distiller import STUDENT, Distiller
@@ -281,6 +281,9 @@ class _Session(Callback):
         received = max(distributed.gather_objects(self.watch.received))
         if received and module.epoch < module.epochs:
             raise Stopped(received)
+        if module.epoch < module.epochs:
+            objective = row[f"validation/{module.task.objective}"]
+            pruning.tell(self.reporter.name, module.epoch, objective)
 
     def _row(self, trainer: Trainer, module: Distiller) -> EpochRow:
         seconds = time.perf_counter() - self._epoch_began

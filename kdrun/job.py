@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 import traceback
@@ -12,6 +13,8 @@ from typing import Any
 
 from kdrun.errors import Interrupted, UserError
 from kdrun.files import parse_json, write_json
+from kdrun.pruning import Pruned, judged_by
+from kdrun.search import Search
 
 
 @dataclass
@@ -21,9 +24,11 @@ class Record:
     Attributes:
         number: position in the sweep.
         words: the command ``kdrun <words>`` does the same run again.
-        status: ``running``, ``done``, ``failed`` or ``interrupted``.
+        status: ``running``, ``done``, ``failed``, ``interrupted``, or ``pruned`` where a search has
+            given it up.
         began: time of the start, seconds since 1970; ``seconds``: how long it took.
-        objective: the validation result.
+        objective: the validation result; of a pruned run the best one so far.
+        directory: where its result lies.
         error: the last line of what went wrong; ``trace``: all of it.
     """
 
@@ -33,6 +38,7 @@ class Record:
     began: float = 0.0
     seconds: float = 0.0
     objective: float | None = None
+    directory: str | None = None
     error: str = ""
     trace: str = ""
 
@@ -54,18 +60,18 @@ class Job:
         directories: config folders besides kdrun's own.
         records: where records are written.
         fail_fast: end the sweep with the first failure.
-        raise_failures: tell the sweeper of failures (a search); otherwise they are only recorded,
-            so that nothing keeps the other runs from starting.
+        search: the study that the runs are trials of; its sweeper is told of failures. Without one
+            they are only recorded, so that nothing keeps the other runs from starting.
     """
 
     flags: tuple[str, ...]
     directories: tuple[str, ...]
     records: str
     fail_fast: bool
-    raise_failures: bool
+    search: Search | None = None
 
-    def __call__(self, config: Any) -> float:
-        """Run the overrides that Hydra chose; returns the validation objective.
+    def __call__(self, config: Any) -> float | tuple[float, ...]:
+        """Run the overrides that Hydra chose; returns the objective, or several of a search.
 
         Raises:
             JobFailed: the run failed and the sweeper is to know.
@@ -74,13 +80,24 @@ class Job:
         from hydra.core.hydra_config import HydraConfig
 
         settings = HydraConfig.get()
-        record = Record(int(settings.job.num), job_words(settings.overrides.task))
+        number = int(settings.job.num)
+        if self.search is not None:
+            number = self.search.trial_of(number)
+        record = Record(number, job_words(settings.overrides.task))
         record.began = time.time()
         record.write(Path(self.records))
         print(f"\nrun {record.number}: {' '.join(record.words)}", flush=True)
+        judge = self.search.judge(number) if self.search and self.search.pruner else None
+        values: tuple[float, ...] = (math.nan,)
         try:
-            record.objective = self._run(record.words)
+            with judged_by(judge) if judge else contextlib.nullcontext():
+                values = self._run(record)
             record.status = "done"
+        except Pruned as given_up:
+            record.status, record.error = "pruned", str(given_up)
+            record.objective = judge.best()
+            values = (record.objective,)
+            print(f"run {record.number} {given_up}", flush=True)
         except (Interrupted, KeyboardInterrupt):
             record.status = "interrupted"
         except Exception as error:
@@ -94,22 +111,26 @@ class Job:
         record.write(Path(self.records))
         if record.status == "interrupted" or (self.fail_fast and record.status == "failed"):
             raise KeyboardInterrupt
-        if record.status == "failed" and self.raise_failures:
+        if record.status == "failed" and self.search is not None:
             raise JobFailed(record.error)
-        return math.nan if record.objective is None else record.objective
+        return values[0] if len(values) == 1 else values
 
-    def _run(self, words: list[str]) -> float:
+    def _run(self, record: Record) -> tuple[float, ...]:
+        """Do the run of a record, note its result there, return what the sweeper is to know."""
         from kdrun.catalogue import open_catalogue
         from kdrun.run import run
 
-        outcome = run(words, self.flags, open_catalogue(self.directories))
+        outcome = run(record.words, self.flags, open_catalogue(self.directories))
         if outcome.exit_code in (130, 143):
             raise KeyboardInterrupt
         if outcome.exit_code != 0:
             raise UserError(f"exit status {outcome.exit_code}, see its lines above")
         if outcome.objective is None or not math.isfinite(outcome.objective):
             raise UserError("the validation result is not a number: training diverged")
-        return outcome.objective
+        record.objective, record.directory = outcome.objective, outcome.directory
+        if self.search is None:
+            return (outcome.objective,)
+        return self.search.measure(outcome.objective, outcome.directory)
 
 
 def read_records(directory: Path) -> list[Record]:

@@ -92,11 +92,12 @@ def launch(words: Sequence[str], trainer: Mapping[str, Any]) -> dict[str, Any]:
         return told | {"exit_code": told.get("exit_code") or exit_code}
 
 
-def report(exit_code: int, objective: float | None = None) -> None:
+def report(exit_code: int, objective: float | None = None, directory: str | None = None) -> None:
     """Leave the outcome for ``launch`` in the parent process, if this is a process it started."""
     path = os.environ.get(OUTCOME)
     if path and is_main():
-        text = json_text({"exit_code": exit_code, "objective": objective})
+        told = {"exit_code": exit_code, "objective": objective, "directory": directory}
+        text = json_text(told)
         Path(path).write_text(text, encoding="utf-8")
 
 

@@ -93,7 +93,7 @@ def parse_word(word: str, catalogue: Catalogue) -> Override:
     key = key.lstrip("+").removeprefix("model@")
     if not _KEY.fullmatch(key):
         raise UserError(f"{word}: {key or 'the part before ='} is not a key")
-    if key.split(".")[0].split("/")[0] in (*SWEEP_GROUPS, "hydra", "fail_fast"):
+    if key.split(".")[0].split("/")[0] in (*SWEEP_GROUPS, "hydra", "fail_fast", "objectives"):
         raise UserError(f"{word}: is a setting of many runs; it goes with -m (kdrun -m ...)")
     parsed = _parse(word, key, text)
     if parsed.is_sweep_override():

@@ -17,10 +17,16 @@ from kdrun.errors import Interrupted, UserError
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: the exit status, and the validation objective of a finished one."""
+    """How a run ended.
+
+    Attributes:
+        exit_code: the exit status.
+        objective: the validation objective of a finished one; ``directory``: where it lies.
+    """
 
     exit_code: int
     objective: float | None = None
+    directory: str | None = None
 
 
 def run(words: Sequence[str], flags: Sequence[str], catalogue: Catalogue) -> Outcome:
@@ -44,7 +50,7 @@ def run_config(config: Config, words: Sequence[str], flags: Sequence[str]) -> Ou
     trainer = config.values["trainer"]
     if launch.is_needed(trainer):
         told = launch.launch(command, trainer)
-        return Outcome(told["exit_code"], told.get("objective"))
+        return Outcome(**told)
     with _silent_unless_main():
         for line in config.changes:
             print(line, flush=True)
@@ -62,8 +68,8 @@ def run_config(config: Config, words: Sequence[str], flags: Sequence[str]) -> Ou
         except (UserError, Interrupted) as error:
             launch.report(error.exit_code)
             raise
-    launch.report(0, result["objective"])
-    return Outcome(0, result["objective"])
+    launch.report(0, result["objective"], result["directory"])
+    return Outcome(0, result["objective"], result["directory"])
 
 
 @contextlib.contextmanager

@@ -7,44 +7,23 @@ a single one. Its keys are handed over with slashes for dots, so that Hydra take
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import logging
-import math
 import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kdrun.browse import columns
-from kdrun.catalogue import (
-    SWEEP_GROUPS,
-    Catalogue,
-    entries,
-    load_yaml,
-    target_of,
-    unknown_choice,
-)
-from kdrun.checks import unknown_option
-from kdrun.config import compose_parsed
+from kdrun.catalogue import Catalogue, load_yaml
 from kdrun.errors import ConfigErrors, UserError
+from kdrun.identity import fingerprint
 from kdrun.job import Job, Record, mangled, read_records
-from kdrun.overrides import Override, parse
-from kdrun.parameters import find_source
+from kdrun.overrides import Override
 from kdrun.runs import quoted
-
-CHECKED_COMBINATIONS = 200
-"""Up to so many runs are checked one by one before the first starts; of a larger grid, every value
-beside the first value of all others, and every combination of groups."""
-
-EXTRAS = {
-    "hydra_joblib_launcher": "joblib",
-    "hydra_submitit_launcher": "slurm",
-    "hydra_ray_launcher": "ray",
-    "hydra_optuna_sweeper": "optuna",
-}
-"""Packages of launchers and sweepers, and the extra of kdrun that installs each."""
+from kdrun.search import Search, open_study
+from kdrun.sweep_plan import Plan, read_plan
 
 
 def sweep(words: Sequence[str], flags: Sequence[str], catalogue: Catalogue) -> int:
@@ -61,36 +40,39 @@ def sweep(words: Sequence[str], flags: Sequence[str], catalogue: Catalogue) -> i
     Raises:
         UserError: some word is wrong; nothing was run.
     """
-    plan, problems = _read(words, catalogue)
+    plan, problems = read_plan(words, catalogue)
     if problems:
         raise ConfigErrors(problems)
     overrides, hydra_words, fail_fast = plan.overrides, plan.hydra_words, plan.fail_fast
-    directory = _directory(hydra_words)
+    directory = _directory(plan, words)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make {directory}: {error.strerror}") from error
-    if plan.searches:
-        hydra_words += _continue_study(hydra_words, directory, catalogue)
+    search = _search(plan, directory, catalogue) if plan.searches else None
+    if search is not None:
+        hydra_words += search.sitting.words
     job = Job(
         flags=tuple(flags),
         directories=tuple(str(directory) for directory in catalogue.directories[1:]),
         records=str(directory / "jobs"),
         fail_fast=fail_fast,
-        raise_failures=plan.searches,
+        search=search,
     )
     began = time.time()
-    stopped = multirun(overrides, hydra_words, directory, job, catalogue)
+    with _alone(directory):
+        stopped = multirun(overrides, hydra_words, directory, job, catalogue)
     records = [record for record in read_records(directory / "jobs") if record.began >= began]
     print(summary(records, overrides, directory, flags))
     failed = any(record.status == "failed" for record in records)
     if stopped and not (fail_fast and failed):
         again = [*flags, "-m", *words]
-        if not any(word.startswith("hydra.sweep.dir=") for word in words):
+        if plan.name is None and not any(w.startswith("hydra.sweep.dir=") for w in words):
             again.append(f"hydra.sweep.dir={directory}")
         print(f"interrupted; continue with: kdrun {shlex.join(again)}")
         return 130
-    return 1 if any(record.status != "done" for record in records) or not records else 0
+    ended = all(record.status in ("done", "pruned") for record in records)
+    return 0 if records and ended else 1
 
 
 def summary(
@@ -116,180 +98,48 @@ def summary(
     return "\n".join(lines)
 
 
-# -- words -----------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Plan:
-    """A sweep as it was typed: words of the runs, settings of launcher and sweeper for Hydra."""
-
-    overrides: list[Override]
-    hydra_words: list[str]
-    fail_fast: bool
-
-    @property
-    def searches(self) -> bool:
-        """Whether a sweeper chooses values itself, instead of running all that were typed."""
-        return any(word.startswith("hydra/sweeper=") for word in self.hydra_words)
-
-
-def check(words: Sequence[str], catalogue: Catalogue) -> list[str]:
-    """What is wrong with the words of a sweep, a line each; nothing is run."""
-    return _read(words, catalogue)[1]
-
-
-def _read(words: Sequence[str], catalogue: Catalogue) -> tuple[_Plan, list[str]]:
-    """The sweep that was typed, and what is wrong with it."""
-    settings, job_words_typed = _split(words)
-    fail_fast, settings = _fail_fast(settings)
-    overrides, problems = parse(job_words_typed, catalogue)
-    hydra_words, setting_problems = hydra_settings(settings, catalogue)
-    plan = _Plan(overrides, hydra_words, fail_fast)
-    problems += setting_problems
-    if not plan.searches:
-        problems += [
-            f"{o.word}: a range without steps needs a search (sweeper=optuna)"
-            for o in overrides
-            if o.interval
-        ]
-    problems += _check_values(overrides, catalogue)
-    return plan, list(dict.fromkeys(problems))
-
-
-def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Words for launcher and sweeper, and words for the runs."""
-    ours = ("launcher", "sweeper", "hydra", "fail_fast")
-    settings = [
-        word
-        for word in words
-        if word.lstrip("+").partition("=")[0].split(".")[0].split("/")[0] in ours
-    ]
-    return settings, [word for word in words if word not in settings]
-
-
-def _fail_fast(settings: list[str]) -> tuple[bool, list[str]]:
-    given = [word for word in settings if word.startswith("fail_fast")]
-    for word in given:
-        if word.lower() not in ("fail_fast=true", "fail_fast=false"):
-            raise UserError(f"{word}: fail_fast must be true or false")
-    return "fail_fast=true" in map(str.lower, given), [w for w in settings if w not in given]
-
-
-def hydra_settings(settings: Sequence[str], catalogue: Catalogue) -> tuple[list[str], list[str]]:
-    """Settings of launcher and sweeper as Hydra's overrides, and what is wrong with them."""
-    words, problems = [], []
-    chosen: dict[str, str] = {}
-    for word in settings:
-        key, _, name = word.partition("=")
-        if key in SWEEP_GROUPS:
-            choices = ["basic", *catalogue.choices(key)]
-            if name not in choices:
-                problems.append(unknown_choice(key, name, choices))
-                continue
-            chosen[key] = name
-            problems += _missing_package(key, name, catalogue)
-            words.append(f"hydra/{key}={name if name == 'basic' else f'kdrun/{name}'}")
-    for word in settings:
-        key, equals, _ = word.partition("=")
-        group, _, option = key.partition(".")
-        if group in SWEEP_GROUPS and option:
-            if group not in chosen or chosen[group] == "basic":
-                problems.append(f"{word}: say which {group} first ({group}=...)")
-                continue
-            path = catalogue.path(group, chosen[group])
-            known = [entry.key for entry in entries(path) if entry.key != "_target_"]
-            node = load_yaml(path)
-            inside = any(option.startswith(f"{name}.") and node.get(name) == {} for name in node)
-            if option not in known and not inside:
-                problems.append(unknown_option(f"{group}.{option}", known, chosen[group]))
-                continue
-            words.append(f"{'+' if inside else ''}hydra.{word}")
-        elif group not in SWEEP_GROUPS:
-            words.append(word)
-        elif not equals:
-            problems.append(f"{word}: '=' is missing; options are written key=value")
-    return words, problems
-
-
-def _missing_package(group: str, name: str, catalogue: Catalogue) -> list[str]:
-    if name == "basic":
-        return []
-    target = target_of(catalogue.path(group, name)) or ""
-    if find_source(target.rpartition(".")[0]) is not None:
-        return []
-    package = target.split(".")[1]
-    extra = EXTRAS.get(package, package)
-    return [f"{group}={name}: is not installed; pip install 'kdrun[{extra}]'"]
-
-
-def _directory(hydra_words: Sequence[str]) -> Path:
-    given = [word for word in hydra_words if word.startswith("hydra.sweep.dir=")]
+def _directory(plan: Plan, words: Sequence[str]) -> Path:
+    """Where a sweep keeps its records; one from a file has a place that the same words find."""
+    given = [word for word in plan.hydra_words if word.startswith("hydra.sweep.dir=")]
     if given:
         return Path(given[-1].partition("=")[2].strip("'\"")).resolve()
-    return Path("outputs", "sweeps", time.strftime("%Y-%m-%d_%H-%M-%S")).resolve()
+    if plan.name is None:
+        return Path("outputs", "sweeps", time.strftime("%Y-%m-%d_%H-%M-%S")).resolve()
+    typed = sorted(word for word in words if not word.startswith(("sweep=", "sweeper.n_trials=")))
+    ending = f"-{fingerprint({'words': typed}, 8)}" if typed else ""
+    return Path("outputs", "sweeps", plan.name.replace("/", "_") + ending).resolve()
 
 
-def _continue_study(hydra_words: Sequence[str], directory: Path, catalogue: Catalogue) -> list[str]:
-    """Overrides that make ``sweeper.n_trials`` the total of a study that exists already.
-
-    Raises:
-        UserError: the study has that many trials.
-    """
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    typed = dict(word.removeprefix("hydra.sweeper.").split("=", 1) for word in hydra_words)
-    settings = load_yaml(catalogue.path("sweeper", "optuna")) | typed
+def _search(plan: Plan, directory: Path, catalogue: Catalogue) -> Search:
+    """The study of a search, new or gone on with."""
+    typed = dict(word.removeprefix("hydra.sweeper.").split("=", 1) for word in plan.hydra_words)
+    settings = load_yaml(catalogue.path("sweeper", plan.sweeper)) | typed
     storage = settings["storage"].replace("${hydra.sweep.dir}", str(directory))
+    return Search(
+        storage=storage,
+        study_name=settings["study_name"],
+        sitting=open_study(settings, storage),
+        objectives=plan.objectives,
+        pruner=plan.pruner,
+    )
+
+
+@contextlib.contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Hold a sweep's directory: two processes with one set of records would lose some."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(directory / ".lock")
     try:
-        study = optuna.load_study(study_name=settings["study_name"], storage=storage)
-    except KeyError:  # There is no such study yet.
-        return []
-    finished = [trial for trial in study.trials if trial.state.is_finished()]
-    left = int(settings["n_trials"]) - len(finished)
-    if left <= 0:
+        lock.acquire(timeout=0)
+    except Timeout:
         raise UserError(
-            f"the study in {storage} has {len(finished)} trials, best value "
-            f"{study.best_value:.4f} with {study.best_params}; raise sweeper.n_trials to go on"
-        )
-    # The same seed would draw the same first trials again.
-    seed = int(settings.get("sampler.seed", settings["sampler"]["seed"]))
-    return [
-        f"hydra.sweeper.n_trials={left}",
-        f"hydra.sweeper.sampler.seed={seed + len(study.trials)}",
-    ]
-
-
-# -- checks ----------------------------------------------------------------------------------------
-
-
-def _check_values(overrides: Sequence[Override], catalogue: Catalogue) -> list[str]:
-    problems: list[str] = []
-    for words in _combinations(overrides):
-        single, unread = parse(words, catalogue)
-        try:
-            compose_parsed(single, catalogue, unread)
-        except ConfigErrors as error:
-            problems += error.problems
-    return list(dict.fromkeys(problems))
-
-
-def _combinations(overrides: Sequence[Override]) -> Iterator[list[str]]:
-    """Words of the runs to check; see ``CHECKED_COMBINATIONS``."""
-    spelled = [
-        [f"{o.key}={value}" for value in o.values] if o.is_sweep else [o.word] for o in overrides
-    ]
-    if math.prod(map(len, spelled)) <= CHECKED_COMBINATIONS:
-        yield from map(list, itertools.product(*spelled))
-        return
-    groups = [
-        words if override.is_choice else words[:1]
-        for override, words in zip(overrides, spelled, strict=True)
-    ]
-    yield from map(list, itertools.islice(itertools.product(*groups), CHECKED_COMBINATIONS))
-    for number, words in enumerate(spelled):
-        for word in words[1:]:
-            yield [word if i == number else first[0] for i, first in enumerate(spelled)]
+            f"{directory}: another process works on this sweep; launcher.n_jobs gives it several"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 # -- Hydra -----------------------------------------------------------------------------------------

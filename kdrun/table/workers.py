@@ -65,13 +65,15 @@ def start_workers(request: Request, flags: Sequence[str], catalogue: Catalogue) 
         ConfigErrors: its settings are wrong.
         KeyboardInterrupt: the work was interrupted.
     """
-    from kdrun.sweep import hydra_settings, multirun
+    from kdrun.sweep import multirun
+    from kdrun.sweep_plan import hydra_settings
 
-    settings, problems = hydra_settings(request.launcher, catalogue)
+    launcher = [word for word in request.launcher if word.startswith("launcher")]
+    settings, problems = hydra_settings(launcher, catalogue)
     problems += [
         f"{word}: a table has nothing to search for; it takes a launcher"
         for word in request.launcher
-        if word.startswith("sweeper")
+        if not word.startswith("launcher")
     ]
     if problems:
         raise ConfigErrors(problems)

@@ -52,8 +52,9 @@ def test_the_outcome_is_left_by_the_first_process_only(monkeypatch, tmp_path):
     launch.report(0, 1.0)
     assert not path.exists()
     monkeypatch.setenv("RANK", "0")
-    launch.report(130, None)
-    assert json.loads(path.read_text()) == {"exit_code": 130, "objective": None}
+    launch.report(0, 1.0, "outputs/a")
+    told = {"exit_code": 0, "objective": 1.0, "directory": "outputs/a"}
+    assert json.loads(path.read_text()) == told
 
 
 def run(words, folder):

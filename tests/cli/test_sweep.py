@@ -5,6 +5,7 @@ import json
 import pytest
 
 from kdrun import sweep as module
+from kdrun import sweep_plan
 from kdrun.catalogue import open_catalogue
 from kdrun.errors import ConfigErrors, Interrupted, UserError
 from kdrun.job import job_words, mangled, read_records
@@ -122,9 +123,9 @@ def test_settings_of_launcher_and_sweeper_are_checked(runs, catalogue, words, sa
 
 
 def test_a_package_that_is_missing_is_named_with_its_extra(runs, catalogue, monkeypatch):
-    real = module.find_source
+    real = sweep_plan.find_source
     monkeypatch.setattr(
-        module, "find_source", lambda name: None if "joblib" in name else real(name)
+        sweep_plan, "find_source", lambda name: None if "joblib" in name else real(name)
     )
     with pytest.raises(ConfigErrors, match=r"pip install 'kdrun\[joblib\]'"):
         module.sweep(["launcher=joblib", "seed=0,1"], [], catalogue)
@@ -202,3 +203,134 @@ def test_a_search_goes_on_to_its_total(runs, catalogue, tmp_path, optuna):
 def test_the_ends_of_a_search_range_are_checked(runs, catalogue, optuna):
     with pytest.raises(ConfigErrors, match=r"method.temperature: must be number > 0, got 0"):
         module.sweep(["sweeper=optuna", "method.temperature=interval(0,8)"], [], catalogue)
+
+
+def study_of(optuna, folder, name="kdrun"):
+    return optuna.load_study(study_name=name, storage=f"sqlite:///{folder}/study.db")
+
+
+def test_a_hopeless_trial_is_given_up_and_counts_with_its_best(
+    runs, catalogue, tmp_path, capsys, optuna, monkeypatch
+):
+    """Trial 2 falls behind the median of the others at its second epoch, the first one judged."""
+    from kdrun import pruning
+
+    curves = [[50, 80, 90], [50, 82, 91], [60, 55, 99], [40, 95, 96]]
+
+    def run(words, flags, catalogue):
+        curve = curves[len(runs.words)]
+        runs.words.append(list(words))
+        for epoch, value in enumerate(curve[:-1], start=1):
+            pruning.tell("teacher", epoch, 0.0)  # nobody's business
+            pruning.tell("distil", epoch, float(value))
+        return Outcome(0, float(curve[-1]))
+
+    monkeypatch.setattr("kdrun.run.run", run)
+    pruner = ["pruner=median", "pruner.n_startup_trials=1", "pruner.n_warmup_steps=2"]
+    place = f"hydra.sweep.dir={tmp_path}/s"
+    assert module.sweep([*SEARCH, *pruner, place, "sweeper.n_trials=4"], [], catalogue) == 0
+    records = read_records(tmp_path / "s" / "jobs")
+    assert [record.status for record in records] == ["done", "done", "pruned", "done"]
+    assert (records[2].objective, records[2].error) == (60.0, "given up after epoch 2")
+    assert "#2  " in (shown := capsys.readouterr().out) and "pruned  60.0000" in shown
+    study = study_of(optuna, tmp_path / "s")
+    assert [trial.value for trial in study.trials] == [90.0, 91.0, 60.0, 96.0]
+    assert study.trials[2].intermediate_values == {1: 60.0, 2: 55.0}
+    assert study.trials[2].user_attrs["given_up_after_epoch"] == 2
+
+
+def test_an_interrupted_search_asks_the_same_trial_again(runs, catalogue, tmp_path, capsys, optuna):
+    runs.behave = {2: Interrupted("kdrun")}
+    words = [*SEARCH, f"hydra.sweep.dir={tmp_path}/s", "sweeper.n_trials=4"]
+    assert module.sweep(words, [], catalogue) == 130
+    assert "continue with: kdrun -m " in capsys.readouterr().out
+    assert module.sweep(words, [], catalogue) == 0
+    assert len(runs.words) == 5
+    assert runs.words[3] == runs.words[2], "the interrupted run is not the first to go on"
+    study = study_of(optuna, tmp_path / "s")
+    values = [trial.value for trial in study.trials if trial.value is not None]
+    assert values == [90.0, 91.0, 93.0, 94.0]
+    statuses = {r.number: r.status for r in read_records(tmp_path / "s" / "jobs")}
+    assert statuses == {0: "done", 1: "done", 2: "interrupted", 3: "done", 4: "done"}
+
+
+def test_two_objectives(runs, catalogue, tmp_path, optuna):
+    for number, parameters in enumerate((100, 10)):
+        student = {"parameters": parameters, "training": {"seconds": 1.5}}
+        folder = tmp_path / f"run{number}"
+        folder.mkdir()
+        (folder / "result.json").write_text(json.dumps({"networks": {"distilled": student}}))
+        runs.behave[number] = Outcome(0, 90.0 - number, str(folder))
+    words = [*SEARCH, f"hydra.sweep.dir={tmp_path}/s", "sweeper.n_trials=2"]
+    assert module.sweep([*words, "objectives=[validation,parameters]"], [], catalogue) == 0
+    study = study_of(optuna, tmp_path / "s")
+    assert [d.name for d in study.directions] == ["MAXIMIZE", "MINIMIZE"]
+    assert [trial.values for trial in study.trials] == [[90.0, 100.0], [89.0, 10.0]]
+    with pytest.raises(UserError, match="2 of them best in one way or another"):
+        module.sweep([*words, "objectives=[validation,parameters]"], [], catalogue)
+
+
+def test_two_processes_do_not_share_a_sweeps_records(runs, catalogue, tmp_path):
+    from filelock import FileLock
+
+    (tmp_path / "s").mkdir()
+    with (
+        FileLock(tmp_path / "s" / ".lock"),
+        pytest.raises(UserError, match="another process works on this sweep"),
+    ):
+        module.sweep(["seed=0,1", f"hydra.sweep.dir={tmp_path}/s"], [], catalogue)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["pruner=median"], "pruner=median: belongs to a search"),
+        (["objectives=[validation]"], "belongs to a search"),
+        ([*SEARCH, "pruner=medain"], "Did you mean pruner=median?"),
+        ([*SEARCH, "pruner=median", "pruner.n_warmup=1"], "Did you mean pruner.n_warmup_steps?"),
+        ([*SEARCH, "pruner=median", "pruner.n_warmup_steps=-1"], "must be integer >= 0, got -1"),
+        ([*SEARCH, "pruner.n_warmup_steps=1"], "say which pruner first"),
+        ([*SEARCH, "objectives=[validation,size]"], "objectives=size: no such objectives"),
+        ([*SEARCH, "objectives=[seconds,seconds]"], "must be different ones of"),
+        (
+            [*SEARCH, "objectives=[validation,seconds]", "sweeper.direction=maximize"],
+            "1 directions for 2 objectives",
+        ),
+        ([*SEARCH, "objectives=[validation,seconds]", "pruner=median"], "takes no objectives"),
+        (["sweep=digits_gird"], "Did you mean sweep=digits_grid?"),
+    ],
+)
+def test_settings_of_searches_are_checked(runs, catalogue, words, said):
+    with pytest.raises(UserError, match=said.replace("[", r"\[").replace("?", r"\?")):
+        module.sweep(
+            [*words, "seed=0,1"] if "sweeper=optuna" not in words else words, [], catalogue
+        )
+    assert runs.words == []
+
+
+# -- sweeps from files -----------------------------------------------------------------------------
+
+
+def test_a_sweep_from_a_file_has_a_place_of_its_own(runs, catalogue, tmp_path):
+    assert module.sweep(["sweep=digits_grid"], [], catalogue) == 0
+    assert len(runs.words) == 12
+    assert len(list(tmp_path.glob("outputs/sweeps/digits_grid/jobs/*.json"))) == 12
+    module.sweep(["sweep=digits_grid", "seed=5", "method.temperature=2"], [], catalogue)
+    assert len(runs.words) == 15
+    assert all("seed=5" in words for words in runs.words[12:])
+    assert len(list(tmp_path.glob("outputs/sweeps/digits_grid-*/jobs/*.json"))) == 3
+
+
+@pytest.mark.parametrize("name", open_catalogue().choices("sweep"))
+def test_shipped_sweeps_are_valid(catalogue, name):
+    from kdrun.sweep_plan import check
+
+    problems = check([f"sweep={name}"], catalogue)
+    assert [problem for problem in problems if "is not installed" not in problem] == []
+
+
+def test_a_broken_file_of_a_sweep_is_told(runs, tmp_path):
+    (tmp_path / "mine" / "sweep").mkdir(parents=True)
+    (tmp_path / "mine" / "sweep" / "broken.yaml").write_text("words: seed=0,1\n")
+    with pytest.raises(UserError, match="must have one entry, run"):
+        module.sweep(["sweep=broken"], [], open_catalogue([tmp_path / "mine"]))

@@ -16,7 +16,7 @@ from _pytest.mark.structures import ParameterSet
 from kdrun import cli
 from kdrun.catalogue import open_catalogue
 from kdrun.config import compose
-from kdrun.sweep import check
+from kdrun.sweep_plan import check
 from tests.docs.blocks import DOCUMENTS, ROOT, Block, Command, blocks, shortened
 
 BLOCKS = [block for document in DOCUMENTS for block in blocks(document)]

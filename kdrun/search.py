@@ -1,0 +1,185 @@
+"""Searches with Optuna: continuing a study, giving up hopeless trials, several objectives."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kdrun.errors import UserError
+from kdrun.files import read_json
+from kdrun.pruning import Pruned
+
+OBJECTIVES = {"validation": "maximize", "parameters": "minimize", "seconds": "minimize"}
+"""What a search can look for, and which way: the validation result at the best epoch, the size of
+the student, the time its training took."""
+
+JUDGED = "distil"
+"""The stage whose epochs are judged; the teacher and the student alone are others' too."""
+
+
+@dataclass(frozen=True)
+class Sitting:
+    """Where a study stands when work on it begins.
+
+    Attributes:
+        waiting: numbers of the trials that are asked first; ``next_number``: of those after them.
+        words: overrides for Hydra's sweeper.
+    """
+
+    waiting: tuple[int, ...] = ()
+    next_number: int = 0
+    words: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a run of a search must know of its study.
+
+    Attributes:
+        storage: where the study lies; ``study_name``: what it is called there.
+        sitting: which trials the runs belong to.
+        objectives: what the search looks for, in the order of the study's directions.
+        pruner: config node of what gives up trials; None: nothing does.
+    """
+
+    storage: str
+    study_name: str
+    sitting: Sitting
+    objectives: tuple[str, ...]
+    pruner: Mapping[str, Any] | None
+
+    def trial_of(self, job: int) -> int:
+        """The number of the trial that the sweeper's ``job``-th run in this sitting is."""
+        waiting = self.sitting.waiting
+        if job < len(waiting):
+            return waiting[job]
+        return self.sitting.next_number + job - len(waiting)
+
+    def judge(self, number: int) -> TrialJudge:
+        """Who decides whether a trial goes on."""
+        import optuna
+        from hydra.utils import instantiate
+
+        study = optuna.load_study(
+            study_name=self.study_name,
+            storage=self.storage,
+            pruner=instantiate(dict(self.pruner)) if self.pruner else None,
+        )
+        return TrialJudge(optuna.trial.Trial(study, study.trials[number]._trial_id))
+
+    def measure(self, objective: float, directory: str | None) -> tuple[float, ...]:
+        """The values of a finished run, one for each objective.
+
+        Args:
+            objective: its validation result.
+            directory: where its result lies.
+        """
+        measured = {"validation": objective}
+        if set(self.objectives) != {"validation"}:
+            student = read_json(Path(directory, "result.json"))["networks"]["distilled"]
+            measured["parameters"] = float(student["parameters"])
+            measured["seconds"] = float(student["training"]["seconds"])
+        return tuple(measured[name] for name in self.objectives)
+
+
+@dataclass
+class TrialJudge:
+    """Tells Optuna how a trial's epochs go and ends the trial where Optuna gives it up.
+
+    Attributes:
+        trial: of a study with a pruner and a single objective.
+        values: the validation results so far.
+    """
+
+    trial: Any
+    values: list[float] = field(default_factory=list)
+
+    def __call__(self, stage: str, epoch: int, value: float) -> None:
+        """Judge an epoch.
+
+        Raises:
+            Pruned: the trial is not worth going on with.
+        """
+        if stage != JUDGED:
+            return
+        self.values.append(value)
+        self.trial.report(value, epoch)
+        if self.trial.should_prune():
+            self.trial.set_user_attr("given_up_after_epoch", epoch)
+            raise Pruned(epoch)
+
+    def best(self) -> float:
+        """The best value so far, which stands for the trial in its study."""
+        maximize = self.trial.study.direction.name == "MAXIMIZE"
+        return max(self.values) if maximize else min(self.values)
+
+
+def open_study(settings: Mapping[str, Any], storage: str) -> Sitting:
+    """How to go on with a study, where there is one.
+
+    ``n_trials`` counts all its trials. Those that were interrupted are closed and asked again with
+    their values, so that their runs continue where they were.
+
+    Args:
+        settings: of the sweeper.
+        storage: where the study lies.
+
+    Raises:
+        UserError: the study has that many trials.
+    """
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        study = optuna.load_study(study_name=settings["study_name"], storage=storage)
+    except KeyError:
+        return Sitting()
+    states = optuna.trial.TrialState
+    for trial in study.trials:
+        if trial.state == states.RUNNING:
+            optuna.trial.Trial(study, trial._trial_id).set_user_attr(INTERRUPTED, True)
+            study.tell(trial.number, state=states.FAIL)
+            if trial.params:
+                _ask_again(study, trial.params)
+    trials = [trial for trial in study.trials if INTERRUPTED not in trial.user_attrs]
+    finished = [trial for trial in trials if trial.state.is_finished()]
+    left = int(settings["n_trials"]) - len(finished)
+    if left <= 0:
+        raise UserError(
+            f"the study in {storage} has {len(finished)} trials, {_best(study)}; "
+            "raise sweeper.n_trials to go on"
+        )
+    waiting = tuple(trial.number for trial in study.trials if trial.state == states.WAITING)
+    # The same seed would draw the same first trials again.
+    seed = int(settings.get("sampler.seed", settings["sampler"]["seed"]))
+    words = (
+        f"hydra.sweeper.n_trials={left}",
+        f"hydra.sweeper.sampler.seed={seed + len(study.trials)}",
+    )
+    return Sitting(waiting, len(study.trials), words)
+
+
+def _ask_again(study: Any, values: Mapping[str, Any]) -> None:
+    import optuna
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study.enqueue_trial(dict(values))
+
+
+INTERRUPTED = "interrupted"
+"""Mark of a trial that was closed because its run was interrupted."""
+
+
+def _best(study: Any) -> str:
+    """What a study has found, for a message."""
+    best = study.best_trials if len(study.directions) > 1 else None
+    if best is not None:
+        return f"{len(best)} of them best in one way or another"
+    try:
+        return f"best value {study.best_value:.4f} with {study.best_params}"
+    except ValueError:
+        return "none of them finished"
