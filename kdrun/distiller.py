@@ -340,7 +340,7 @@ class Distiller(LightningModule):
             "epoch": self.epoch,
             "position": self.position,
             "step_count": self.step_count,
-            "sums": self.sums.state_dict(),
+            "sums": distributed.gather_objects(self.sums.state_dict()),
             "gradient_shares": self.gradient_shares,
             "skipped_steps": self.guard.skipped,
             "seconds_in_steps": self.seconds_in_steps,
@@ -354,7 +354,8 @@ class Distiller(LightningModule):
             scheduler.load_state_dict(saved)
         self.epoch, self.position = state["epoch"], state["position"]
         self.step_count = state["step_count"]
-        self.sums.load_state_dict(state["sums"], self.device)
+        sums = state["sums"]  # Of all ranks, of which another command may have fewer or more.
+        self.sums.load_state_dict(sums[min(distributed.rank(), len(sums) - 1)], self.device)
         self.gradient_shares = state["gradient_shares"]
         self.guard.skipped = state["skipped_steps"]
         self.seconds_in_steps = state["seconds_in_steps"]

@@ -116,14 +116,18 @@ class TermSums:
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
-        """The sums as plain values and tensors."""
-        self._settle()
+        """The sums as plain values and tensors.
+
+        They stay as they are: bringing the weighted ones up to date would round differently from
+        then on, and a training would show in its last digits where it was saved.
+        """
         return {
             "names": list(self.names),
             "count": self.count,
             "weights": list(self._weights),
             "plain": [value.clone() for value in self._plain],
             "weighted": [value.clone() for value in self._weighted],
+            "since_change": [value.clone() for value in self._since_change],
             "recorded": dict(self._recorded),
         }
 
@@ -133,5 +137,5 @@ class TermSums:
         self._weights = tuple(state["weights"])
         self._plain = [value.to(device) for value in state["plain"]]
         self._weighted = [value.to(device) for value in state["weighted"]]
-        self._since_change = [torch.zeros_like(value) for value in self._plain]
+        self._since_change = [value.to(device) for value in state["since_change"]]
         self._recorded = {name: value.to(device) for name, value in state["recorded"].items()}
