@@ -141,6 +141,11 @@ class Distiller(LightningModule):
 
     def deployed(self, averaged: bool = True) -> nn.Module:
         """The student as it is evaluated and shipped; the averaged one where there is one."""
+    def let_stand_in(self, role: str, stand_in: StandIn) -> None:
+        """Let ``stand_in`` speak for a role from now on, and give up its frozen network."""
+        del self.frozen[role], self._cast[role]
+        self._stand_ins[role] = stand_in
+
         if averaged and self.average is not None:
             return self.method.deploy(self.average.module)
         return self.method.deploy(self.networks[STUDENT])

@@ -6,7 +6,7 @@ import shlex
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from kdrun.errors import Interrupted, UserError
 from kdrun.files import read_json, write_atomically, write_json
 from kdrun.identity import identity, run_directory
 from kdrun.interruption import SignalWatch, Stopped
+from kdrun.lockstep import Member
 from kdrun.loggers import check_logger, open_loggers
 from kdrun.logs import Console
 from kdrun.process import prepare_process
@@ -40,6 +41,7 @@ def run_experiment(
     names: Mapping[str, str],
     overrides: Sequence[str],
     command: Sequence[str],
+    member: Member | None = None,
 ) -> dict[str, Any]:
     """Run a configuration to its end, or show the result it already has.
 
@@ -48,6 +50,7 @@ def run_experiment(
         names: the choice made in each config group.
         overrides: what the user changed, for the record.
         command: what repeats this run, without the leading ``kdrun``.
+        member: this run among those that go side by side with it; None: it goes alone.
 
     Returns:
         The content of ``result.json``.
@@ -59,15 +62,15 @@ def run_experiment(
     distributed.initialize()
     remember_secrets(config)
     prepare_process(config["trainer"])
-    console = Console(config["trainer"]["progress"])
+    console = Console(config["trainer"]["progress"], label=member.label if member else "")
     if config["dry"]:
-        return _dry_run(config, names, overrides, command, console)
+        return _dry_run(config, names, overrides, command, console, member)
     directory = run_directory(config, names)
     key = identity(config) | {"seed": config["seed"]}
     with SignalWatch() as watch, allowing(config["allow_packages"]):
 
         def produce(where: Path) -> None:
-            _run_stages(config, names, overrides, command, where, console, watch)
+            _run_stages(config, names, overrides, command, where, console, watch, member)
 
         try:
             _, found = make_once(
@@ -75,7 +78,7 @@ def run_experiment(
                 key,
                 produce,
                 console.say,
-                watch.raise_if_received,
+                _while_waiting(watch, member),
                 afresh=bool(config["rerun"]),
             )
         except Stopped as stopped:
@@ -125,6 +128,7 @@ def _run_stages(
     directory: Path,
     console: Console,
     watch: SignalWatch,
+    member: Member | None,
     limit_batches: int | None = None,
 ) -> None:
     began = time.time()
@@ -134,7 +138,7 @@ def _run_stages(
         write_atomically(directory / "config.yaml", yaml.safe_dump(config, sort_keys=False))
         write_atomically(directory / "overrides.txt", "".join(f"{o}\n" for o in overrides))
         write_json(directory / "env.json", environment() | {"command": shlex.join(command)})
-    data, task = prepare_data(config)
+    data, task = _prepared(config, member)
     places = directory, Path(config["output_dir"])
     with open_loggers(config["logger"], *places, identity(config)) as loggers:
         context = Context(
@@ -142,15 +146,20 @@ def _run_stages(
             names=dict(names),
             data=data,
             task=task,
-            store=Store(Path(config["output_dir"], "store"), console.say, watch.raise_if_received),
+            store=Store(
+                Path(config["output_dir"], "store"), console.say, _while_waiting(watch, member)
+            ),
             run_directory=directory,
             console=console,
             watch=watch,
             loggers=loggers,
             limit_batches=limit_batches,
+            member=member,
         )
-        for name, stage in stages_of(config).items():
+        for number, (name, stage) in enumerate(stages_of(config).items()):
             watch.raise_if_received()
+            if member is not None:
+                member.enter_stage(number)
             stage.run(context, name)
             if main:
                 # Before there is a result: what an unfinished run refers to is not thrown away.
@@ -180,6 +189,26 @@ def _run_stages(
         write_json(directory / RESULT, facts | context.result)
 
 
+def _prepared(config: Mapping[str, Any], member: Member | None) -> tuple[DataModule, Task]:
+    """``prepare_data``, once for all runs that go side by side and have the same data."""
+    if member is None:
+        return prepare_data(config)
+    # What data and task depend on and these runs do not have in common anyway.
+    own = [config["training"]["label_smoothing"]]
+    return member.share(("data", *own), lambda: prepare_data(config))
+
+
+def _while_waiting(watch: SignalWatch, member: Member | None) -> Callable[[], None]:
+    """What to do, again and again, while another run makes what this one wants."""
+
+    def let_others_go_on() -> None:
+        watch.raise_if_received()
+        if member is not None:
+            member.wait_for_lock()
+
+    return let_others_go_on
+
+
 def flat_results(result: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """The test results of all networks under flat names: ``distilled/test_last/accuracy``."""
     for role, entry in result.get("networks", {}).items():
@@ -194,6 +223,7 @@ def _dry_run(
     overrides: Sequence[str],
     command: Sequence[str],
     console: Console,
+    member: Member | None,
 ) -> dict[str, Any]:
     """Every stage with one step of training, one of validation, a checkpoint and a restart."""
     folder = Path(distributed.broadcast(tempfile.mkdtemp(prefix="kdrun-dry-")))
@@ -209,7 +239,7 @@ def _dry_run(
                 directory = folder / "run"
                 directory.mkdir(exist_ok=True)
                 _run_stages(
-                    trial, names, overrides, command, directory, console, watch, limit_batches=1
+                    trial, names, overrides, command, directory, console, watch, member, 1
                 )
             console.file = None
             console.say(f"dry run: every stage ran ({attempt} start)")

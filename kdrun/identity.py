@@ -9,7 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-NOT_IDENTITY = ("output_dir", "rerun", "dry", "logger", "seed", "allow_packages")
+NOT_IDENTITY = (
+    *("output_dir", "rerun", "dry", "logger", "seed", "allow_packages"),
+    *("members", "members_at_once"),
+)
 """Config entries that do not change what a run computes; the seed has a folder of its own."""
 
 
@@ -22,6 +25,8 @@ def fingerprint(key: Mapping[str, Any], length: int = 16) -> str:
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a configuration that determines what a run computes."""
     kept = {name: value for name, value in config.items() if name not in NOT_IDENTITY}
+    if kept.get("data_seed") is None:
+        kept.pop("data_seed", None)  # The seed, which has its own place.
     if "trainer" in kept:
         kept["trainer"] = {k: v for k, v in kept["trainer"].items() if k != "progress"}
     return kept

@@ -20,11 +20,11 @@ class SignalWatch:
     """While active, the first SIGINT or SIGTERM only sets ``received``.
 
     The training loop reads that attribute once a step. A second signal falls through to the
-    previous handler, so an impatient user can always end the process. Outside the main thread,
-    where Python cannot install handlers, the watch does nothing.
+    previous handler, so an impatient user can always end the process.
 
     Watches may be nested (a table around its runs): all that are active receive a signal, so that
-    none is lost with a run that ends before it has looked.
+    none is lost with a run that ends before it has looked. Outside the main thread Python cannot
+    install handlers; a watch there is told by those of the main thread.
     """
 
     _active: ClassVar[list[SignalWatch]] = []
@@ -37,7 +37,9 @@ class SignalWatch:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._handle)
-            self._active.append(self)
+        elif self._active:
+            self.received = self._active[0].received
+        self._active.append(self)
         return self
 
     def __exit__(
@@ -48,8 +50,9 @@ class SignalWatch:
     ) -> None:
         if self not in self._active:
             return
-        # Also after a signal: a trainer that was running then has put back what it had found.
-        self._restore(all_of_them=bool(self.received))
+        if self._previous:
+            # Also after a signal: a trainer that was running then has put back what it had found.
+            self._restore(all_of_them=bool(self.received))
         self._active.remove(self)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -59,7 +62,8 @@ class SignalWatch:
 
     def _restore(self, all_of_them: bool) -> None:
         """Put back what this watch, or the outermost one, has found."""
-        found = self._active[0] if all_of_them else self
+        outermost = next(watch for watch in self._active if watch._previous)
+        found = outermost if all_of_them else self
         for number, handler in found._previous.items():
             signal.signal(number, handler)
 

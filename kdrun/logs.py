@@ -31,9 +31,11 @@ class Console:
         mode: ``line`` refreshes one progress line, ``plain`` writes no control characters, ``off``
             prints nothing, ``auto`` is ``line`` on a terminal and ``plain`` elsewhere.
         stream: where to print; standard output.
+        label: stands before what is printed, to tell runs apart that print side by side.
     """
 
-    def __init__(self, mode: Mode = "auto", stream: TextIO | None = None) -> None:
+    def __init__(self, mode: Mode = "auto", stream: TextIO | None = None, label: str = "") -> None:
+        self.label = f"{label}  " if label else ""
         self.stream = stream or sys.stdout
         if mode == "auto":
             mode = "line" if self.stream.isatty() else "plain"
@@ -46,13 +48,15 @@ class Console:
         self.clear()
         text = redact(text)
         if self.mode != "off":
-            print(text, file=self.stream, flush=True)
+            lines = text.splitlines() or [""]
+            print(*(self.label + line for line in lines), sep="\n", file=self.stream, flush=True)
         if self.file is not None and distributed.rank() == 0:
             with self.file.open("a", encoding="utf-8") as file:
                 file.write(text + "\n")
 
     def show(self, text: str) -> None:
         """Show ``text`` as the refreshed progress line; terminals only."""
+        text = self.label + text
         self.stream.write("\r" + text.ljust(self._shown))
         self.stream.flush()
         self._shown = len(text)

@@ -158,3 +158,22 @@ def typed_packages(overrides: Iterable[Override]) -> list[str]:
     names = [override.value for override in overrides if is_network(override.key)]
     paths = [name for name in names if isinstance(name, str) and is_dotted_path(name)]
     return [path.split(".")[0] for path in paths]
+
+
+def merge(layers: Iterable[Sequence[str]]) -> list[str]:
+    """Overrides of several layers as one list: later layers win.
+
+    A choice of a group takes the options that earlier layers set in that group away with it, since
+    they were meant for another choice.
+    """
+    kept: dict[str, str] = {}
+    for layer in layers:
+        given = {word.partition("=")[0].lstrip("+").removeprefix("model@"): word for word in layer}
+        chosen = tuple(f"{key}." for key in given if is_group(key))
+        kept = {
+            key: word
+            for key, word in kept.items()
+            if key not in given and not (chosen and key.startswith(chosen))
+        }
+        kept |= given
+    return list(kept.values())

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
 
 def prepare_process(trainer: Mapping[str, Any]) -> None:
@@ -31,10 +33,34 @@ def keep_freed_memory() -> bool:
     Activations of a CPU step are large enough for glibc to take each from the kernel and give it
     back, which costs page faults at every step. The process holds its peak memory until it ends.
     """
+    return _set_allocator(M_MMAP_MAX, 0) and _set_allocator(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def use_one_arena() -> bool:
+    """Let all threads take memory from one place; returns whether glibc was told so.
+
+    Runs that go side by side in threads would each keep the memory of their own last step.
+    """
+    return _set_allocator(M_ARENA_MAX, 1)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device, or on this machine where that is the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    facts = Path("/proc/meminfo")
+    if facts.is_file():
+        for line in facts.read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _set_allocator(option: int, value: int) -> bool:
     if not sys.platform.startswith("linux"):
         return False
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return False
-    return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+    return bool(mallopt(option, value))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import shlex
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +15,7 @@ from kdrun.build import allowing
 from kdrun.catalogue import Catalogue
 from kdrun.config import Config, compose
 from kdrun.errors import Interrupted, UserError
+from kdrun.members import MEMBERS, MemberRun, member_runs
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,11 @@ def run(words: Sequence[str], flags: Sequence[str], catalogue: Catalogue) -> Out
         UserError: something the user can mend.
         Interrupted: a signal stopped the run after it was saved.
     """
-    return run_config(compose(words, catalogue), words, flags)
+    config = compose(words, catalogue)
+    if not config.values[MEMBERS]:
+        return run_config(config, words, flags)
+    runs = member_runs(words, config.values[MEMBERS], catalogue)
+    return run_members(runs, words, flags)
 
 
 def run_config(config: Config, words: Sequence[str], flags: Sequence[str]) -> Outcome:
@@ -70,6 +77,40 @@ def run_config(config: Config, words: Sequence[str], flags: Sequence[str]) -> Ou
             raise
     launch.report(0, result["objective"], result["directory"])
     return Outcome(0, result["objective"], result["directory"])
+
+
+def run_members(runs: Sequence[MemberRun], words: Sequence[str], flags: Sequence[str]) -> Outcome:
+    """Run several configurations side by side (``members=[...]``).
+
+    Args:
+        runs: composed, and fit to go side by side.
+        words: that were typed for all of them.
+        flags: flags typed before them.
+
+    Raises:
+        UserError: some cannot go side by side, or have failed; the others are finished.
+        Interrupted: a signal stopped them after they were saved.
+    """
+    from kdrun.startup import import_torchmetrics
+
+    import_torchmetrics()
+    from kdrun.side_by_side import check_methods, run_side_by_side
+
+    check_methods(runs)
+    failed = []
+    for run, ended in zip(runs, run_side_by_side(runs, flags), strict=True):
+        if isinstance(ended.error, Interrupted):
+            again = shlex.join(["kdrun", *flags, *words])
+            raise Interrupted(again, signal_number=ended.error.exit_code - 128)
+        if ended.error is not None:
+            if not isinstance(ended.error, UserError):
+                traceback.print_exception(ended.error)
+            failed.append(f"{run.label}: {ended.error}")
+            failed.append(f"  kdrun {shlex.join([*flags, *run.words])}")
+    if failed:
+        counted = f"{len(failed) // 2} of {len(runs)} runs failed"
+        raise UserError("\n".join([counted, *failed]), exit_code=1)
+    return Outcome(0)
 
 
 @contextlib.contextmanager

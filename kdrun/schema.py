@@ -26,8 +26,11 @@ class Root:
     """The plain keys of ``conf/config.yaml``."""
 
     seed: NonNegativeInt
+    data_seed: NonNegativeInt | None
     protocol: Literal["holdout", "paper"]
     output_dir: str
+    members: list[str]
+    members_at_once: PositiveInt | None
     rerun: bool
     dry: bool
     allow_packages: list[str]

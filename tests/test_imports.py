@@ -24,6 +24,8 @@ LAYERS = {
             "export",
             "table",
             "report.command",
+            "members",
+            "side_by_side",
         ),
     ),
     "config": ("config", "overrides", "catalogue", "checks", "constraints", "schema"),
@@ -32,7 +34,10 @@ LAYERS = {
         *("stages", "assembly", "evaluation", "export", "fit", "training_state"),
         *("recording", "optimization", "report"),
     ),
-    "distiller": ("distiller", "forward", "nonfinite", "term_sums", "logs", "loggers"),
+    "distiller": (
+        *("distiller", "forward", "nonfinite", "term_sums", "logs", "loggers"),
+        *("lockstep", "shared_pass"),
+    ),
     "methods": ("methods", "method"),
     "parts": ("losses", "layers", "tasks", "data", "models", "inputs", "outputs", "recording"),
     "ground": (

@@ -134,6 +134,10 @@ class Taps:
         # An activation that works in place would overwrite what a tap has recorded.
         self._made_out_of_place = _forbid_inplace(_threats(network, taps))
 
+    def placed_in(self, network: nn.Module) -> Taps:
+        """The same taps in another network of the same architecture."""
+        return Taps(network, self._taps, self.layout)
+
     def _hook(self, network: nn.Module, tap: _Tap) -> RemovableHandle:
         module = _submodule(network, tap.path)
         name = tap.name

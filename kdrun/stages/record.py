@@ -31,6 +31,7 @@ from kdrun.stages.recorded import (
     refuse_unrecordable,
 )
 from kdrun.stages.stage import Context, Stage
+from kdrun.stages.training import data_seed
 
 Pieces = Iterator[tuple[slice, Mapping[str, Tensor]]]
 
@@ -100,7 +101,7 @@ class _Recorder:
             self.rows = min(self.rows, limit * batch_size)
         self.options = LoaderOptions(
             batch_size=batch_size,
-            seed=context.config["seed"],
+            seed=data_seed(context.config, "student", context.config["seed"]),
             rank=distributed.rank(),
             world_size=distributed.world_size(),
             shuffle=limit is not None,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from kdrun.data.module import DataModule
 from kdrun.errors import UserError
 from kdrun.interruption import SignalWatch
+from kdrun.lockstep import Member
 from kdrun.logs import Console
 from kdrun.store import Artefact, Store
 from kdrun.tasks.task import Task
@@ -44,6 +45,7 @@ class Context:
         artefacts: what the stages so far have left, by the stage's name.
         result: what goes into ``result.json``.
         limit_batches: batches per epoch in a trial; None: all.
+        member: this run among those that go side by side with it; None: it goes alone.
     """
 
     config: dict[str, Any]
@@ -58,6 +60,7 @@ class Context:
     artefacts: Artefacts = field(default_factory=Artefacts)
     result: dict[str, Any] = field(default_factory=dict)
     limit_batches: int | None = None
+    member: Member | None = None
 
 
 class Stage:

@@ -11,6 +11,7 @@ import torch
 
 from kdrun import distributed
 from kdrun.assembly import Assembly
+from kdrun.data.loader import Loader
 from kdrun.distiller import STUDENT, Distiller, MakeOptimizer, MakeScheduler, Optimization
 from kdrun.errors import UserError
 from kdrun.files import write_json
@@ -21,11 +22,10 @@ from kdrun.models.build import ROLE_KEYS
 from kdrun.optimization import make_optimizer, make_scheduler
 from kdrun.recording import Recording
 from kdrun.stages.recorded import check_recording, recorded_role
+from kdrun.stages.sharing import share_pass
 from kdrun.stages.stage import Context
 from kdrun.store import fingerprint
 
-COMPILED_VARIANTS = 64
-"""Compiled forms of one network's code, above which it would run uncompiled."""
 FORMAT = 1
 """Raised when a change of the code makes stored networks incomparable with new ones."""
 
@@ -51,7 +51,7 @@ def training_key(context: Context, role: str) -> dict[str, Any]:
     """What any training depends on besides its networks and method."""
     trainer = context.config["trainer"]
     numerics = ("precision", "accumulate", "compile", "channels_last")
-    return {
+    key = {
         "format": FORMAT,
         "data": context.data.fingerprint,
         "task": context.config["task"],
@@ -60,6 +60,18 @@ def training_key(context: Context, role: str) -> dict[str, Any]:
         "numerics": {name: trainer[name] for name in numerics},
         "limit_batches": context.limit_batches,
     }
+    if role != "teacher" and context.config["data_seed"] is not None:
+        key["data_seed"] = context.config["data_seed"]
+    return key
+
+
+def data_seed(config: Mapping[str, Any], role: str, seed: int) -> int:
+    """The seed of data order and augmentation in the training of a role seeded with ``seed``.
+
+    The teacher has its own, so that runs whatever their ``data_seed`` share it.
+    """
+    given = None if role == "teacher" else config["data_seed"]
+    return seed if given is None else given
 
 
 def optimization_of(
@@ -138,7 +150,7 @@ def train(
         assembly: method and networks.
         name: the stage, for messages and logs.
         role: whose training settings hold.
-        seed: of data order, augmentation and dropout.
+        seed: of dropout and the like, and of data order and augmentation without a ``data_seed``.
         key: names what is trained.
         directory: where to write.
         product: what the weight files are called.
@@ -155,14 +167,19 @@ def train(
     place["channels_last"] = options["channels_last"]
     # Every rank needs a sample of every batch: a mean over none is no number.
     rest = context.data.train_size % batch_size
-    loader = context.data.train(
-        batch_size=batch_size,
-        seed=seed,
-        views=assembly.method.views,
-        drop_last=0 < rest < world_size,
-        cycle=recording.cycle if recording else None,
-        **place,
-    )
+    order = data_seed(context.config, role, seed)
+
+    def make_loader(views: tuple[str, ...]) -> Loader:
+        return context.data.train(
+            batch_size=batch_size,
+            seed=order,
+            views=views,
+            drop_last=0 < rest < world_size,
+            cycle=recording.cycle if recording else None,
+            **place,
+        )
+
+    loader = make_loader(assembly.method.views)
     validation = context.data.validation(
         batch_size=context.data.evaluation_batch_size(batch_size), **place
     )
@@ -189,11 +206,19 @@ def train(
         for network in (*distiller.networks.values(), *distiller.frozen.values()):
             network.to(memory_format=torch.channels_last)
     if options["compile"]:
-        compile_networks(distiller)
+        # The first step takes the gradient of each term by itself, so backward runs repeatedly.
+        torch._functorch.config.donated_buffer = False
+        for network in (*distiller.networks.values(), *distiller.frozen.values()):
+            network.compile()
     distiller.to(device)
     assembly.method.prepare(distiller.frozen | recorded, loader)
     for network in recorded.values():
         network.cpu()  # Its memory is free for training.
+    if context.member is not None:
+        alike = (batch_size, order)
+        loader = share_pass(
+            context.member, context, assembly, distiller, loader, make_loader, alike
+        )
     log = TrainingLog(context.console, name, batch_size, context.loggers, context.task.objective)
     # Dropout and the like draw from the global generators: the same for the same seed, whichever
     # stages ran, or were found in the store, before.
@@ -215,22 +240,6 @@ def train(
         write_json(directory / "training.json", summary(context, outcome))
     distributed.barrier()
     return outcome
-
-
-def compile_networks(distiller: Distiller) -> None:
-    """Compile every network of a training, so that what was compiled before makes no difference.
-
-    Kernels that came from other shapes, or from earlier trainings of this process, round otherwise:
-    a training that goes on after an interruption would not be the one left alone. So each shape has
-    kernels of its own, and each training starts with none.
-    """
-    torch._dynamo.reset()
-    # One network has a kernel for each shape and mode; there may be several of the same class.
-    torch._dynamo.config.recompile_limit = COMPILED_VARIANTS
-    # The first step takes the gradient of each term by itself, so backward runs repeatedly.
-    torch._functorch.config.donated_buffer = False
-    for network in (*distiller.networks.values(), *distiller.frozen.values()):
-        network.compile(dynamic=False)
 
 
 def summary(context: Context, outcome: Outcome) -> dict[str, Any]:

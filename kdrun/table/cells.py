@@ -15,6 +15,7 @@ from kdrun.catalogue import Catalogue, is_group
 from kdrun.config import Config, compose
 from kdrun.errors import ConfigErrors
 from kdrun.identity import fingerprint, run_directory
+from kdrun.overrides import merge
 from kdrun.table.config import Column, Row, Table
 
 MOST_PROBLEMS = 20
@@ -61,25 +62,6 @@ class Cell:
 
     def __str__(self) -> str:
         return f"{self.arm.row} / {self.arm.column} / seed {self.seed}"
-
-
-def merge(layers: Iterable[Sequence[str]]) -> list[str]:
-    """Overrides of several layers as one list: later layers win.
-
-    A choice of a group takes the options that earlier layers set in that group away with it, since
-    they were meant for another choice.
-    """
-    kept: dict[str, str] = {}
-    for layer in layers:
-        given = {word.partition("=")[0].lstrip("+").removeprefix("model@"): word for word in layer}
-        chosen = tuple(f"{key}." for key in given if is_group(key))
-        kept = {
-            key: word
-            for key, word in kept.items()
-            if key not in given and not (chosen and key.startswith(chosen))
-        }
-        kept |= given
-    return list(kept.values())
 
 
 def layers(table: Table, row: Row, column: Column, profile: str | None) -> list[Sequence[str]]:
