@@ -26,6 +26,8 @@ from kdrun.stages.sharing import share_pass
 from kdrun.stages.stage import Context
 from kdrun.store import fingerprint
 
+COMPILED_VARIANTS = 64
+"""Compiled forms of one network's code, above which it would run uncompiled."""
 FORMAT = 1
 """Raised when a change of the code makes stored networks incomparable with new ones."""
 
@@ -206,10 +208,7 @@ def train(
         for network in (*distiller.networks.values(), *distiller.frozen.values()):
             network.to(memory_format=torch.channels_last)
     if options["compile"]:
-        # The first step takes the gradient of each term by itself, so backward runs repeatedly.
-        torch._functorch.config.donated_buffer = False
-        for network in (*distiller.networks.values(), *distiller.frozen.values()):
-            network.compile()
+        compile_networks(distiller)
     distiller.to(device)
     assembly.method.prepare(distiller.frozen | recorded, loader)
     for network in recorded.values():
@@ -245,6 +244,22 @@ def train(
 def summary(context: Context, outcome: Outcome) -> dict[str, Any]:
     """The facts of a training that later stages and reports read."""
     prefix = "validation/"
+def compile_networks(distiller: Distiller) -> None:
+    """Compile every network of a training, so that what was compiled before makes no difference.
+
+    Kernels that came from other shapes, or from earlier trainings of this process, round otherwise:
+    a training that goes on after an interruption would not be the one left alone. So each shape has
+    kernels of its own, and each training starts with none.
+    """
+    torch._dynamo.reset()
+    # One network has a kernel for each shape and mode; there may be several of the same class.
+    torch._dynamo.config.recompile_limit = COMPILED_VARIANTS
+    # The first step takes the gradient of each term by itself, so backward runs repeatedly.
+    torch._functorch.config.donated_buffer = False
+    for network in (*distiller.networks.values(), *distiller.frozen.values()):
+        network.compile(dynamic=False)
+
+
 
     def validation(row: Mapping[str, float]) -> dict[str, float]:
         return {k.removeprefix(prefix): v for k, v in row.items() if k.startswith(prefix)}

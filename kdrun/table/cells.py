@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kdrun import __version__
-from kdrun.catalogue import Catalogue, is_group
+from kdrun.catalogue import Catalogue
 from kdrun.config import Config, compose
 from kdrun.errors import ConfigErrors
 from kdrun.identity import fingerprint, run_directory
