@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "kdrun"
 
 LAYERS = {
     "cli": (
-        *("__main__", "cli", "run", "runs", "sweep", "job", "launch"),
+        *("__main__", "cli", "run", "runs", "sweep", "sweep_plan", "search", "job", "launch"),
         *(
             "browse",
             "completion",
@@ -48,6 +48,7 @@ LAYERS = {
             "identity",
             "interruption",
             "process",
+            "pruning",
             "provenance",
             "startup",
             "artefacts",
