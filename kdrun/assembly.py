@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,7 +40,13 @@ class Assembly:
 def build_network(node: Mapping[str, Any], data: DataModule, seed: int) -> nn.Module:
     """A freshly initialised network of a ``model`` config node, the same for the same seed."""
     torch.manual_seed(seed)
-    return build_model(dict(node), num_classes=data.num_classes, input_shape=data.input_shape)
+    scale = data.preprocessing.normalisation
+    also: dict[str, Callable[[], Any]] = {"prompts": lambda: data.prompts}
+    if scale is not None:
+        also |= {"input_mean": lambda: list(scale.mean), "input_std": lambda: list(scale.std)}
+    return build_model(
+        dict(node), num_classes=data.num_classes, input_shape=data.input_shape, also=also
+    )
 
 
 def assemble(
@@ -75,6 +81,13 @@ def assemble(
     torch.manual_seed(seed)
     method.supervised_loss = task.supervised_loss
     batch = moved(sample_batch(data, method.views), device)
+    given = batch.inputs if isinstance(batch.inputs, Mapping) else {}
+    for name in method.needs:
+        if name not in given:
+            raise UserError(
+                f"{type(method).__name__} reads {name} of each batch, and a batch of this data set "
+                f"has {', '.join(given) or 'one input without a name'}; choose another dataset"
+            )
     try:
         student = method.wrap(student, teachers, batch.inputs)
     except ValueError as error:
@@ -124,12 +137,20 @@ def build_untrained(node: Mapping[str, Any], data: DataModule, seed: int) -> nn.
     return build_network(node, data, seed)
 
 
-def sample_batch(data: DataModule, views: tuple[str, ...] = ()) -> Batch:
-    """Two training samples on the CPU, not augmented."""
+def sample_batch(
+    data: DataModule, views: tuple[str, ...] = (), dtype: torch.dtype = torch.float32
+) -> Batch:
+    """Two training samples on the CPU, not augmented; all of a data set with a single batch."""
     cpu = torch.device("cpu")
     with cpu:  # Also where networks are being built without numbers.
         loader = data.train(
-            batch_size=2, seed=0, device=cpu, views=views, augment=False, shuffle=False
+            batch_size=2,
+            seed=0,
+            device=cpu,
+            views=views,
+            augment=False,
+            shuffle=False,
+            dtype=dtype,
         )
         return next(iter(loader))
 
@@ -149,6 +170,7 @@ def moved(batch: Batch, device: str) -> Batch:
         move(batch.mask),
         move(batch.views),
         batch.augmentation,
+        None if batch.unlabelled is None else moved(batch.unlabelled, device),
     )
 
 

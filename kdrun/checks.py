@@ -13,6 +13,7 @@ from kdrun.targets import KEY, is_allowed, is_defined, refusal, signature_of
 
 SUPPLIED = (
     *("num_classes", "in_channels", "input_shape", "image_size", "label_smoothing"),
+    *("prompts", "input_mean", "input_std"),
     *("params", "save_dir", "name", "version", "run_name", "tracking_uri"),
 )
 """Constructor arguments that kdrun fills in where the config has none or null."""

@@ -7,8 +7,10 @@ blocks of batches, sums stay on the device until they are read, and optimisation
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -139,13 +141,13 @@ class Distiller(LightningModule):
             raise KeyError(f"no network plays the role {role!r}; roles: {', '.join(self._cast)}")
         return self._cast[role][0]
 
-    def deployed(self, averaged: bool = True) -> nn.Module:
-        """The student as it is evaluated and shipped; the averaged one where there is one."""
     def let_stand_in(self, role: str, stand_in: StandIn) -> None:
         """Let ``stand_in`` speak for a role from now on, and give up its frozen network."""
         del self.frozen[role], self._cast[role]
         self._stand_ins[role] = stand_in
 
+    def deployed(self, averaged: bool = True) -> nn.Module:
+        """The student as it is evaluated and shipped; the averaged one where there is one."""
         if averaged and self.average is not None:
             return self.method.deploy(self.average.module)
         return self.method.deploy(self.networks[STUDENT])
@@ -161,10 +163,8 @@ class Distiller(LightningModule):
         if role in self._stand_ins:
             return self._stand_ins[role](batch)
         network, taps, trained = self._cast[role]
-        if trained:
-            return run_network(self.task, network, batch, taps, self._views)
-        with torch.no_grad():
-            return run_network(self.task, network, batch, taps, self._views)
+        with nullcontext() if trained else torch.no_grad():
+            return run_network(self.task, network, batch, taps, self._views, self.method.joint)
 
     # -- optimisation --------------------------------------------------------------------------
 
@@ -317,11 +317,21 @@ class Distiller(LightningModule):
     # -- evaluation ----------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        """Start fresh metrics for the deployed student."""
+        """Start fresh metrics for the deployed student, once the method has calibrated it."""
         network = self.deployed()
         was_training = network.training
+        self.method.calibrate(network.eval(), self._outputs_on_validation(network))
         # In a plain tuple: as attributes they would become part of this module and its checkpoints.
-        self._judged = (network.eval(), self.task.metrics().to(self.device), was_training)
+        self._judged = (network, self.task.metrics().to(self.device), was_training)
+
+    @torch.no_grad()
+    def _outputs_on_validation(self, network: nn.Module) -> Iterator[tuple[ModelOutput, Batch]]:
+        taps = self._cast[STUDENT][1]
+        limit = self.trainer.limit_val_batches  # A number of batches: see ``kdrun.fit.fit``.
+        for batch in itertools.islice(self.trainer.val_dataloaders, limit):
+            with self.trainer.precision_plugin.val_step_context():
+                output = run_network(self.task, network, batch, taps)
+            yield output, batch
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """Judge one batch."""

@@ -44,8 +44,13 @@ class Method(nn.Module):
             optimiser and schedule (``("teacher",)`` for online distillation).
         tasks: the tasks that the method supports, empty for any; the contract tests run each of
             them.
+        needs: names of the inputs that the loss itself reads from a batch; a data set without them
+            is refused.
         views: names of further augmented views that batches must carry, e.g. ``("strong",)``; the
             engine runs every network on each and hands over ``output.views[name]``.
+        unlabelled: the method learns from samples without labels too; batches carry them as
+            ``batch.unlabelled``, and the engine hands over ``output.unlabelled``.
+        joint: labelled and unlabelled samples are run as one batch, not one after the other.
         zero_at_equality: all distillation terms vanish when student and teacher agree.
         detached: the student's own outputs are held constant in parts of the loss, so that its
             gradient is that of no single function.
@@ -56,7 +61,10 @@ class Method(nn.Module):
     ordered: ClassVar[bool] = False
     trainable_roles: ClassVar[tuple[str, ...]] = ()
     tasks: ClassVar[tuple[str, ...]] = ("classification",)
+    needs: ClassVar[tuple[str, ...]] = ()
     views: ClassVar[tuple[str, ...]] = ()
+    unlabelled: bool = False
+    joint: bool = False
     zero_at_equality: ClassVar[bool] = False
     detached: ClassVar[bool] = False
     irregular: ClassVar[bool] = False
@@ -163,6 +171,18 @@ class Method(nn.Module):
         return recorded
 
     # -- after training ----------------------------------------------------------------------
+
+    def calibrate(self, student: nn.Module, outputs: Iterable[tuple[ModelOutput, Batch]]) -> None:
+        """Choose what the student's predictions depend on besides its weights, and what only
+        held-out data can tell (a weight between heads, a temperature); it belongs in buffers.
+
+        Called before each validation.
+
+        Args:
+            student: the deployed network, in evaluation mode.
+            outputs: its output on each validation batch, with the taps of the student; the network
+                is run as they are asked for.
+        """
 
     def deploy(self, student: nn.Module) -> nn.Module:
         """The network that is evaluated and shipped; shares its weights with ``student``."""

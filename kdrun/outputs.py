@@ -25,6 +25,8 @@ class Batch:
         views: further views of the same samples by name, for methods that declare them.
         augmentation: number of the random augmentation that the inputs show; with ``index`` it
             names them.
+        unlabelled: samples without labels that come with this batch, for methods that learn from
+            them too; their ``target`` is -1 throughout. None: none.
     """
 
     inputs: Any
@@ -33,27 +35,41 @@ class Batch:
     mask: Tensor | None = None
     views: dict[str, Any] = field(default_factory=dict)
     augmentation: int = 0
+    unlabelled: Batch | None = None
 
     def __len__(self) -> int:
         return self.index.shape[0]
 
     def rows(self, rows: slice) -> Batch:
-        """The samples in ``rows`` as a batch of their own (views of the same memory)."""
+        """The samples in ``rows`` as a batch of their own (views of the same memory).
 
-        def cut(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {name: cut(item) for name, item in value.items()}
-            return value[rows]
-
+        Every part keeps all unlabelled samples, so that a mean over them stays what it was.
+        """
         mask = None if self.mask is None else self.mask[rows]
         return Batch(
-            cut(self.inputs),
+            _cut(self.inputs, rows),
             self.target[rows],
             self.index[rows],
             mask,
-            cut(self.views),
+            _cut(self.views, rows),
             self.augmentation,
+            self.unlabelled,
         )
+
+
+def next_token_batch(tokens: Tensor, counted: Tensor | None, index: Tensor) -> Batch:
+    """Sequences as a batch in which every position is asked for the token that follows it.
+
+    The causal shift is made here and nowhere else: inputs are all tokens but the last, targets all
+    but the first, so logits, targets and mask are of one length and need no further alignment.
+
+    Args:
+        tokens: ids ``(B, L + 1)``.
+        counted: ``(B, L + 1)``, true at tokens whose prediction counts; None: all of them.
+        index: ``(B,)`` the stable number of each sequence.
+    """
+    mask = None if counted is None else counted[:, 1:]
+    return Batch(tokens[:, :-1], tokens[:, 1:], index, mask)
 
 
 @dataclass(slots=True)
@@ -65,12 +81,18 @@ class ModelOutput:
         features: tapped activations by tap name (``stage1``, ``penultimate``, ...).
         extra: anything else the network returns, by name.
         views: the network's output on each further view of the batch, by the view's name.
+        unlabelled: the network's output on the unlabelled samples that came with the batch.
     """
 
     logits: Tensor
     features: dict[str, Tensor] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
     views: dict[str, ModelOutput] = field(default_factory=dict)
+    unlabelled: ModelOutput | None = None
+
+    def rows(self, rows: slice) -> ModelOutput:
+        """What the network says of the samples in ``rows``; extra tensors are cut as well."""
+        return ModelOutput(self.logits[rows], _cut(self.features, rows), _cut(self.extra, rows))
 
     @property
     def stages(self) -> list[Tensor]:
@@ -92,3 +114,9 @@ class Progress:
     def fraction(self) -> float:
         """Share of training that is done, in [0, 1)."""
         return self.step / max(self.steps, 1)
+
+
+def _cut(value: Any, rows: slice) -> Any:
+    if isinstance(value, dict):
+        return {name: _cut(item, rows) for name, item in value.items()}
+    return value[rows] if isinstance(value, Tensor) else value

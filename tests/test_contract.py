@@ -9,6 +9,7 @@ import re
 import sys
 import typing
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -19,8 +20,10 @@ from torch import Tensor, nn
 
 from kdrun.build import instantiate, resolve
 from kdrun.method import Method
-from kdrun.outputs import Batch, ModelOutput, Progress
+from kdrun.models.language import hf_lm
+from kdrun.outputs import Batch, ModelOutput, Progress, next_token_batch
 from kdrun.parameters import Interval, complaint
+from kdrun.tasks.language_modelling import LanguageModelling
 from tests.methods.training import ConvNet, Session, digits, start, weighted_sum
 
 CONFIGS = sorted(Path(__file__).parents[1].joinpath("conf", "method").glob("*.yaml"))
@@ -37,12 +40,36 @@ class Case(typing.NamedTuple):
     batch: Batch
     student: Callable[[], nn.Module]
     teacher: Callable[[], nn.Module]
+    supervised_loss: Callable[[ModelOutput, Batch], Tensor] | None = None
+
+
+def text_case() -> Case:
+    """Rows of seven tokens, of which as many count in each row, but not the same ones."""
+    words, length = 11, 7
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(words, (SAMPLES, length + 1), generator=generator)
+    counted = torch.ones(SAMPLES, length + 1, dtype=torch.bool)
+    counted[::2, :3] = False
+    counted[1::2, -2:] = False
+
+    def llama(width: int) -> nn.Module:
+        sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2}
+        options = {"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads": 2}
+        return hf_lm(num_classes=words, input_shape=[length], options=options | sizes)
+
+    return Case(
+        next_token_batch(tokens, counted, torch.arange(SAMPLES)),
+        lambda: llama(8),
+        lambda: llama(16),
+        LanguageModelling(num_classes=words).supervised_loss,
+    )
 
 
 TASKS: dict[str, Callable[[], Case]] = {
     "classification": lambda: Case(
         digits(SAMPLES), lambda: ConvNet(width=4), lambda: ConvNet(width=6)
-    )
+    ),
+    "language_modelling": text_case,
 }
 
 each_method = pytest.mark.parametrize("name", NODES)
@@ -70,6 +97,10 @@ def case_of(name: str, task: str) -> Case:
     for view in CLASSES[name].views:
         noise = torch.randn(case.batch.inputs.shape, generator=generator)
         case.batch.views[view] = case.batch.inputs + 0.1 * noise
+    if CLASSES[name].unlabelled:
+        others = digits(2 * SAMPLES).rows(slice(SAMPLES, None))
+        others.target = torch.full_like(others.target, -1)
+        case.batch.unlabelled = others
     return case
 
 
@@ -79,7 +110,10 @@ def session_of(name: str, case: Case, *, equal: bool = False) -> Session:
     teacher = with_statistics(case.teacher(), case.batch)
     student = copy.deepcopy(teacher) if equal else with_statistics(case.student(), case.batch)
     make_peer = (lambda: copy.deepcopy(student)) if equal else case.student
-    return start(build(name), student, teacher, case.batch, make_peer)
+    session = start(build(name), student, teacher, case.batch, make_peer)
+    if case.supervised_loss is not None:
+        session.method.supervised_loss = case.supervised_loss
+    return session
 
 
 def with_statistics(network: nn.Module, batch: Batch) -> nn.Module:
@@ -103,7 +137,9 @@ def one_step(session: Session, batch: Batch, progress: Progress = NOW) -> dict[s
 
 def rows(batch: Batch, chosen: Tensor) -> Batch:
     views = {name: view[chosen] for name, view in batch.views.items()}
-    return Batch(batch.inputs[chosen], batch.target[chosen], batch.index[chosen], None, views)
+    mask = None if batch.mask is None else batch.mask[chosen]
+    chosen_rows = batch.inputs[chosen], batch.target[chosen], batch.index[chosen]
+    return Batch(*chosen_rows, mask, views, unlabelled=batch.unlabelled)
 
 
 def evaluation_mode(session: Session) -> None:
@@ -239,6 +275,7 @@ def test_every_term_but_the_supervised_needs_the_teacher(name: str, task: str) -
             {key: value.flip(0) for key, value in output.features.items()},
             output.extra,
             {view: ModelOutput(o.logits.flip(0), o.features) for view, o in output.views.items()},
+            output.unlabelled,
         )
         for role, output in others.items()
     }
@@ -258,7 +295,8 @@ def test_the_deployed_student_stands_alone(name: str, task: str) -> None:
     one_step(session, case.batch)
     deployed = session.method.deploy(session.student.network).eval()
     session.student.taps.remove()
-    logits = deployed(case.batch.inputs)
+    output = deployed(case.batch.inputs)
+    logits = output if isinstance(output, Tensor) else output.logits
     assert logits.shape[0] == SAMPLES
     assert torch.isfinite(logits).all()
     helpers = {id(p) for p in session.method.parameters()}
@@ -353,7 +391,7 @@ def test_agreement_costs_nothing_where_declared(name: str, task: str) -> None:
 
 # Networks that learn from each other hold each other's predictions constant: what is minimised is
 # then not a single function.
-@each_task_where(lambda cls: not cls.trainable_roles)
+@each_task_where(lambda cls: not (cls.trainable_roles or cls.detached))
 def test_the_gradient_is_that_of_finite_differences(name: str, task: str) -> None:
     case = case_of(name, task)
     session = session_of(name, case)
@@ -362,8 +400,11 @@ def test_the_gradient_is_that_of_finite_differences(name: str, task: str) -> Non
     for module in (session.method, session.student, *session.others.values()):
         (module if isinstance(module, Method) else module.network).double()
     batch = rows(case.batch, torch.arange(3))
-    batch.inputs = batch.inputs.double()
+    if batch.inputs.is_floating_point():
+        batch.inputs = batch.inputs.double()
     batch.views = {view: inputs.double() for view, inputs in batch.views.items()}
+    if batch.unlabelled is not None:
+        batch.unlabelled = replace(batch.unlabelled, inputs=batch.unlabelled.inputs.double())
     with torch.no_grad():
         student, others = session.forward(batch)
     names = list(student.features)
@@ -382,7 +423,8 @@ def test_the_gradient_is_that_of_finite_differences(name: str, task: str) -> Non
             view: ModelOutput(value, student.views[view].features)
             for view, value in zip(views, values[1 + len(names) :], strict=True)
         }
-        output = ModelOutput(logits, dict(zip(names, features, strict=True)), {}, seen)
+        tapped = dict(zip(names, features, strict=True))
+        output = ModelOutput(logits, tapped, {}, seen, student.unlabelled)
         torch.manual_seed(0)
         terms = session.method.losses(output, others, batch, NOW)
         return weighted_sum(terms, session.method.weights(NOW))

@@ -197,6 +197,11 @@ class BatchMaker:
                 # Named by content, so that a view's draws do not depend on which others are asked.
                 named = self.options.augmentation(epoch)
                 words = (*named, AUGMENTATION, zlib.crc32(name.encode()))
-                drawn = augmentation.draw(self.size, self.shape, stream(*words))
-                draws[name] = {key: value[order].to(device) for key, value in drawn.items()}
+                # A sample that is drawn twice is augmented in two ways.
+                once = self.options.draws is None
+                drawn = augmentation.draw(len(order), self.shape, stream(*words))
+                draws[name] = {
+                    key: (value[order] if once else value).to(device)
+                    for key, value in drawn.items()
+                }
         return Plan(epoch, order.to(device), draws)

@@ -65,6 +65,7 @@ class LoaderOptions:
         dtype: of the inputs.
         channels_last: memory format of image inputs.
         cycle: which augmentations are used; None: those of ``seed``, another in every epoch.
+        draws: samples drawn in an epoch, with replacement; None: each once.
     """
 
     batch_size: int
@@ -79,6 +80,7 @@ class LoaderOptions:
     dtype: torch.dtype = torch.float32
     channels_last: bool = False
     cycle: AugmentationCycle | None = None
+    draws: int | None = None
 
     def augmentation(self, epoch: int) -> tuple[int, int]:
         """Seed and number of the augmentation of an epoch."""
@@ -88,7 +90,13 @@ class LoaderOptions:
 
     def batches(self, size: int) -> int:
         """Batches in an epoch of ``size`` samples; the last may be short unless it is dropped."""
+        size = size if self.draws is None else self.draws
         return size // self.batch_size if self.drop_last else -(-size // self.batch_size)
+
+    def samples(self, size: int, position: int) -> int:
+        """Samples of the global batch ``position`` in an epoch of ``size`` samples."""
+        size = size if self.draws is None else self.draws
+        return min(self.batch_size, size - position * self.batch_size)
 
     def bounds(self, size: int, position: int) -> tuple[int, int]:
         """First and last + 1 place in the epoch's order of this rank's part of a global batch.
@@ -101,14 +109,17 @@ class LoaderOptions:
         if not 0 <= position < self.batches(size):
             raise IndexError(f"batch {position} of {self.batches(size)}")
         first = position * self.batch_size
-        count = min(self.batch_size, size - first)
+        count = self.samples(size, position)
         return (
             first + count * self.rank // self.world_size,
             first + count * (self.rank + 1) // self.world_size,
         )
 
     def order(self, size: int, epoch: int) -> Tensor:
-        """The order of ``size`` samples in an epoch, ``(size,)`` int64 on the CPU."""
+        """The order of ``size`` samples in an epoch, ``(size,)`` int64 on the CPU; or which of
+        them are drawn, ``(draws,)``."""
+        if self.draws is not None:
+            return torch.randint(size, (self.draws,), generator=stream(self.seed, epoch, ORDER))
         if not self.shuffle:
             return torch.arange(size)
         return torch.randperm(size, generator=stream(self.seed, epoch, ORDER))

@@ -55,11 +55,13 @@ class DataModule(ABC):
 
     Attributes:
         task: what the targets are for.
+        single_batch: a batch is always the whole split, which cannot be divided (one graph).
         num_classes: number of classes.
         input_shape: one input, ``(C, H, W)`` or ``(D,)``; by name where there are several.
         class_names: the names, by class id.
         train_size: samples in the training split; likewise ``validation_size``, ``test_size``.
         task_arguments: arguments of the task's constructor that only the data set knows.
+        templates: sentences about a sample, with ``{}`` for its class, for networks that read text.
 
     Args:
         val_fraction: share of train held out for validation where the set brings none.
@@ -67,6 +69,7 @@ class DataModule(ABC):
     """
 
     task: str = "classification"
+    single_batch: bool = False
     num_classes: int
     input_shape: Shape
     class_names: list[str]
@@ -74,6 +77,7 @@ class DataModule(ABC):
     validation_size: int
     test_size: int
     task_arguments: Mapping[str, Any] = MappingProxyType({})
+    templates: Sequence[str] = ("a photo of a {}.",)
 
     def __init__(self, *, val_fraction: float, preprocessing: Preprocessing) -> None:
         self.val_fraction = val_fraction
@@ -98,6 +102,9 @@ class DataModule(ABC):
     def evaluation_batch_size(self, training: int) -> int:
         """Samples that are evaluated at once, given how many are trained on at once."""
         return max(256, training)
+
+    def draw_labels(self, seed: int) -> None:  # noqa: B027 - most data sets know all labels
+        """Choose the samples whose labels a run with ``seed`` knows, where that is not all."""
 
     def prepare(self, protocol: EvaluationProtocol = "holdout") -> None:
         """Load the data and make the splits."""
@@ -136,6 +143,26 @@ class DataModule(ABC):
         return digest.hexdigest()
 
     @property
+    def labelled_size(self) -> int:
+        """Training samples whose labels may be learned from."""
+        return self.train_size
+
+    @property
+    def prompts(self) -> list[list[str]]:
+        """Every template filled in with each class's name, by class id."""
+        names = [name.replace("_", " ") for name in self.class_names]
+        return [[template.format(name) for template in self.templates] for name in names]
+
+    @property
+    def for_teacher(self) -> DataModule:
+        """What a teacher that is made here is trained on."""
+        return self
+
+    def samples_at(self, position: int, batch_size: int) -> int:
+        """Training samples in batch ``position`` of an epoch, over all ranks."""
+        return min(batch_size, self.train_size - position * batch_size)
+
+    @property
     def view_names(self) -> tuple[str, ...]:
         """The further augmented views that can be asked of the training split."""
         return tuple(self.preprocessing.views)
@@ -159,14 +186,17 @@ class DataModule(ABC):
         dtype: torch.dtype = torch.float32,
         channels_last: bool = False,
         cycle: AugmentationCycle | None = None,
+        unlabelled: bool = False,
     ) -> Loader:
-        """The training split; the arguments are those of ``LoaderOptions``.
+        """The training split; the arguments are those of ``LoaderOptions``, and ``unlabelled``:
+        whether batches bring samples without labels as well.
 
         Rank ``r`` of ``w`` gets rows ``r b / w`` to ``(r + 1) b / w`` of every global batch of
         ``b``, augmented exactly as one process would.
 
         Raises:
-            UserError: for a view that the data set does not define.
+            UserError: for a view that the data set does not define, or where all samples have
+                labels and some without are wanted.
         """
         for view in views:
             if view not in self.view_names:
@@ -186,6 +216,15 @@ class DataModule(ABC):
             channels_last=channels_last,
             cycle=cycle,
         )
+        return self.training_loader(options, unlabelled)
+
+    def training_loader(self, options: LoaderOptions, unlabelled: bool) -> Loader:
+        """The training split, with or without unlabelled samples beside the labelled ones."""
+        if unlabelled:
+            raise UserError(
+                "the method learns from samples without labels too, but this data set has none: "
+                "choose one that has, such as dataset=digits_few_shot"
+            )
         return self.loader("train", options)
 
     def validation(

@@ -62,6 +62,11 @@ class Samples:
         inputs = each(self.inputs, lambda values: values[rows])
         return Samples(inputs, self.target[rows], self.index[rows], self.content)
 
+    def without_labels(self) -> Samples:
+        """The same samples with -1 for each target, so that nothing can read it."""
+        hidden = torch.full_like(self.target, -1)
+        return Samples(self.inputs, hidden, self.index, self.content)
+
     def serve(self, options: LoaderOptions, preprocessing: Preprocessing) -> ResidentLoader:
         """Batches of these samples; they are sent to a device once for all its loaders."""
         device = torch.device(options.device)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -92,6 +92,10 @@ class StreamedSamples:
             self.geometry,
             self.workers,
         )
+
+    def without_labels(self) -> StreamedSamples:
+        """The same samples with -1 for each target, so that nothing can read it."""
+        return replace(self, target=torch.full_like(self.target, -1))
 
     def serve(self, options: LoaderOptions, preprocessing: Preprocessing) -> StreamLoader:
         """Batches of these samples."""

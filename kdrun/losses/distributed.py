@@ -47,3 +47,23 @@ class _Gather(torch.autograd.Function):
     def backward(context: Any, gradient: Tensor) -> Tensor:
         local = gradient[context.first : context.first + context.rows]
         return local * (context.all_rows / context.rows)
+
+
+@torch.no_grad()
+def mean(value: Tensor) -> Tensor:
+    """Mean of a scalar over ranks, without gradient; the value itself without a process group."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return value
+    total = value.detach().clone()
+    distributed.all_reduce(total)
+    return total / distributed.get_world_size()
+
+
+@torch.no_grad()
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Element-wise sum over ranks, without gradient; the values themselves without a group."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return values
+    total = values.detach().clone()
+    distributed.all_reduce(total)
+    return total

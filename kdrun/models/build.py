@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -25,12 +25,13 @@ def build_model(
     *,
     num_classes: int,
     input_shape: Sequence[int] | Mapping[str, Sequence[int]] | None,
+    also: Mapping[str, Callable[[], Any]] | None = None,
 ) -> nn.Module:
     """Build the network of a config node for a data set.
 
-    Where the constructor has the parameters ``num_classes``, ``in_channels``, ``image_size`` or
-    ``input_shape`` and the node leaves them out or null, the data set fills them in; so a class of
-    the user's own needs none of them.
+    Where the constructor has the parameters ``num_classes``, ``in_channels``, ``image_size``,
+    ``input_shape`` or one of ``also`` and the node leaves them out or null, the data set fills them
+    in; so a class of the user's own needs none of them.
 
     Args:
         node: ``_target_``, its arguments, possibly entries of the role (``ROLE_KEYS``), and
@@ -38,6 +39,8 @@ def build_model(
         num_classes: classes of the data set.
         input_shape: shape of one sample: ``(C, H, W)`` of images; by name where a sample has
             several inputs; None where it varies.
+        also: what else the data set can tell, by the name of the constructor's parameter; called
+            only for those that the constructor has.
 
     Raises:
         UserError: the node cannot be built, reads images where there are none, or is no network.
@@ -55,6 +58,7 @@ def build_model(
         if isinstance(input_shape, Sequence) and len(input_shape) == 3:
             known |= {"in_channels": input_shape[0], "image_size": input_shape[-1]}
     parameters = inspect.signature(resolve(target)).parameters
+    known |= {name: tell() for name, tell in (also or {}).items() if name in parameters}
     wanted = [name for name in known if name in parameters and node.get(name) is None]
     lacks_channels = "in_channels" not in known and node.get("in_channels") is None
     if "in_channels" in parameters and lacks_channels:

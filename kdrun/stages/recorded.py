@@ -52,6 +52,11 @@ def refuse_unrecordable(cache: dict[str, Any], method: Method, num_classes: int)
         raise UserError(
             f"teacher.cache={kind}: {name} runs its teacher in steps of its own; set it to none"
         )
+    if method.unlabelled:
+        raise UserError(
+            f"teacher.cache={kind}: {name} learns from samples without labels too, whose outputs "
+            "are not recorded; set it to none"
+        )
     if type(method).augment is not Method.augment:
         raise UserError(
             f"teacher.cache={kind}: {name} changes the batches that its teacher sees; "
@@ -155,7 +160,9 @@ def check_recording(
     recording.to(device)
     run = live_teacher(context, assembly, device)
     for epoch in sorted({0, min(recording.cycle.length, epochs) - 1}):
-        few = loader.replay(epoch, 0).rows(slice(CHECKED_SAMPLES))
+        few = loader.replay(epoch, 0)
+        if not context.data.single_batch:
+            few = few.rows(slice(CHECKED_SAMPLES))
         if len(few):
             recording.check(run, few, rounding(context, device))
 

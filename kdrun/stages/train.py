@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -68,6 +69,7 @@ class TrainTeacher(Stage):
     def key(self, context: Context) -> dict[str, Any]:
         """Architecture, origin of the weights and, if it is trained, everything that matters."""
         node = context.config[self.entry]
+        context = replace(context, data=context.data.for_teacher)
         key: dict[str, Any] = {"network": architecture(node)}
         if node["checkpoint"]:
             file = existing_file(node["checkpoint"], f"{self.entry}.checkpoint")
@@ -75,13 +77,16 @@ class TrainTeacher(Stage):
         if is_trained_here(node):
             key |= training_key(context, self.entry) | {"seed": node["seed"]}
         else:
-            # Only the number of classes decides what such a network looks like.
+            # Only the classes decide what such a network looks like.
             key["classes"] = context.data.num_classes
+        if "prompts" in node:
+            key["prompts"] = context.data.prompts
         return key
 
     def produce(self, context: Context, name: str, directory: Path) -> None:
         """Train, or copy, the teacher."""
         node = context.config[self.entry]
+        context = replace(context, data=context.data.for_teacher)
         network = build_network(node, context.data, node["seed"])
         if node["checkpoint"]:
             load_weights(network, node["checkpoint"])

@@ -62,12 +62,15 @@ class Network:
 
     def __call__(self, batch: Batch) -> ModelOutput:
         output = self._run(batch.inputs)
+        if batch.unlabelled is not None:
+            output.unlabelled = self._run(batch.unlabelled.inputs)
         output.views = {name: self._run(inputs) for name, inputs in batch.views.items()}
         return output
 
     def _run(self, inputs: Tensor) -> ModelOutput:
         with self.taps:
-            logits = self.network(inputs)
+            output = self.network(inputs)
+        logits = output if isinstance(output, Tensor) else output.logits
         return ModelOutput(logits, self.taps.collect())
 
 
