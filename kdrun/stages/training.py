@@ -241,9 +241,6 @@ def train(
     return outcome
 
 
-def summary(context: Context, outcome: Outcome) -> dict[str, Any]:
-    """The facts of a training that later stages and reports read."""
-    prefix = "validation/"
 def compile_networks(distiller: Distiller) -> None:
     """Compile every network of a training, so that what was compiled before makes no difference.
 
@@ -260,6 +257,9 @@ def compile_networks(distiller: Distiller) -> None:
         network.compile(dynamic=False)
 
 
+def summary(context: Context, outcome: Outcome) -> dict[str, Any]:
+    """The facts of a training that later stages and reports read."""
+    prefix = "validation/"
 
     def validation(row: Mapping[str, float]) -> dict[str, float]:
         return {k.removeprefix(prefix): v for k, v in row.items() if k.startswith(prefix)}
