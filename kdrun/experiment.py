@@ -106,6 +106,8 @@ def prepare_data(config: Mapping[str, Any]) -> tuple[DataModule, Task]:
     if data.task != wanted:
         raise UserError(f"task={wanted}: this data set is for {data.task}; set task={data.task}")
     data.prepare(config["protocol"])
+    data.draw_labels(config["seed"])
+    _refuse_division(config, data)
     task = instantiate(
         dict(config["task"]),
         num_classes=data.num_classes,
@@ -113,6 +115,24 @@ def prepare_data(config: Mapping[str, Any]) -> tuple[DataModule, Task]:
         **data.task_arguments,
     )
     return data, task
+
+
+def _refuse_division(config: Mapping[str, Any], data: DataModule) -> None:
+    """Check that nothing divides the batches of a data set that has only one."""
+    if not data.single_batch:
+        return
+    trainer, batch_size = config["trainer"], config["training"]["batch_size"]
+    for option in ("devices", "num_nodes", "accumulate"):
+        if trainer[option] > 1:
+            raise UserError(
+                f"trainer.{option}={trainer[option]}: each batch of this data set is all of it and "
+                "cannot be divided; set it to 1"
+            )
+    if batch_size < data.train_size:
+        raise UserError(
+            f"training.batch_size={batch_size}: each batch of this data set is all of its "
+            f"{data.train_size:,} samples; set it to at least that"
+        )
 
 
 def stages_of(config: Mapping[str, Any]) -> dict[str, Stage]:
@@ -195,6 +215,8 @@ def _prepared(config: Mapping[str, Any], member: Member | None) -> tuple[DataMod
         return prepare_data(config)
     # What data and task depend on and these runs do not have in common anyway.
     own = [config["training"]["label_smoothing"]]
+    if resolve(config["dataset"][KEY]).draw_labels is not DataModule.draw_labels:
+        own.append(config["seed"])
     return member.share(("data", *own), lambda: prepare_data(config))
 
 

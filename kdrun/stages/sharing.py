@@ -58,6 +58,8 @@ def why_apart(method: Method) -> str | None:
     """Why a method cannot share its teachers with runs beside it; None: it can."""
     if method.irregular:
         return "runs its networks in steps of its own"
+    if method.unlabelled:
+        return "learns from samples without labels too"
     if type(method).augment is not Method.augment:
         return "changes the batches that networks see"
     if not set(method.roles()) - set(method.trainable_roles):

@@ -168,7 +168,7 @@ def train(
     place = {"device": device, "rank": rank, "world_size": world_size, "dtype": dtype}
     place["channels_last"] = options["channels_last"]
     # Every rank needs a sample of every batch: a mean over none is no number.
-    rest = context.data.train_size % batch_size
+    rest = context.data.labelled_size % batch_size
     order = data_seed(context.config, role, seed)
 
     def make_loader(views: tuple[str, ...]) -> Loader:
@@ -178,6 +178,7 @@ def train(
             views=views,
             drop_last=0 < rest < world_size,
             cycle=recording.cycle if recording else None,
+            unlabelled=assembly.method.unlabelled,
             **place,
         )
 
@@ -202,8 +203,7 @@ def train(
         epochs=epochs,
         steps_per_epoch=steps,
     )
-    size = context.data.train_size
-    distiller.global_batch = lambda position: min(batch_size, size - position * batch_size)
+    distiller.global_batch = lambda position: context.data.samples_at(position, batch_size)
     if options["channels_last"]:
         for network in (*distiller.networks.values(), *distiller.frozen.values()):
             network.to(memory_format=torch.channels_last)
@@ -218,7 +218,8 @@ def train(
         loader = share_pass(
             context.member, context, assembly, distiller, loader, make_loader, alike
         )
-    log = TrainingLog(context.console, name, batch_size, context.loggers, context.task.objective)
+    seen = min(batch_size, context.data.train_size)
+    log = TrainingLog(context.console, name, seen, context.loggers, context.task.objective)
     # Dropout and the like draw from the global generators: the same for the same seed, whichever
     # stages ran, or were found in the store, before.
     torch.manual_seed(seed)
