@@ -23,6 +23,7 @@ from kdrun.method import Method
 from kdrun.models.language import hf_lm
 from kdrun.outputs import Batch, ModelOutput, Progress, next_token_batch
 from kdrun.parameters import Interval, complaint
+from kdrun.tasks.classification import Classification
 from kdrun.tasks.language_modelling import LanguageModelling
 from tests.methods.training import ConvNet, Session, digits, start, weighted_sum
 
@@ -72,6 +73,29 @@ TASKS: dict[str, Callable[[], Case]] = {
     "language_modelling": text_case,
 }
 
+
+
+class OnNodes(ConvNet):
+    """A network that reads the pictures on the nodes of a graph, not its edges."""
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        return super().forward(inputs["image"])
+
+
+def graph_case() -> Case:
+    """Pictures on the nodes of a ring; every other node counts."""
+    pictures = digits(SAMPLES)
+    nodes = torch.arange(SAMPLES)
+    there = torch.stack([nodes, nodes.roll(1)])
+    pictures.inputs = {
+        "image": pictures.inputs,
+        "edge_index": torch.cat([there, there.flip(0)], dim=1),
+    }
+    pictures.mask = nodes % 2 == 0
+    loss = Classification(num_classes=10).supervised_loss
+    return Case(pictures, lambda: OnNodes(width=4), lambda: OnNodes(width=6), loss)
+
+
 each_method = pytest.mark.parametrize("name", NODES)
 
 
@@ -92,7 +116,7 @@ def build(name: str, **changes: Any) -> Method:
 
 
 def case_of(name: str, task: str) -> Case:
-    case = TASKS[task]()
+    case = graph_case() if "edge_index" in CLASSES[name].needs else TASKS[task]()
     generator = torch.Generator().manual_seed(3)
     for view in CLASSES[name].views:
         noise = torch.randn(case.batch.inputs.shape, generator=generator)
@@ -138,8 +162,18 @@ def one_step(session: Session, batch: Batch, progress: Progress = NOW) -> dict[s
 def rows(batch: Batch, chosen: Tensor) -> Batch:
     views = {name: view[chosen] for name, view in batch.views.items()}
     mask = None if batch.mask is None else batch.mask[chosen]
-    chosen_rows = batch.inputs[chosen], batch.target[chosen], batch.index[chosen]
+    inputs = batch.inputs
+    inputs = subgraph(inputs, chosen) if isinstance(inputs, dict) else inputs[chosen]
+    chosen_rows = inputs, batch.target[chosen], batch.index[chosen]
     return Batch(*chosen_rows, mask, views, unlabelled=batch.unlabelled)
+
+
+def subgraph(inputs: dict[str, Tensor], chosen: Tensor) -> dict[str, Tensor]:
+    """The nodes ``chosen``, in that order, and the edges between them."""
+    number = torch.full((len(inputs["image"]),), -1)
+    number[chosen] = torch.arange(len(chosen))
+    edges = number[inputs["edge_index"]]
+    return {"image": inputs["image"][chosen], "edge_index": edges[:, (edges >= 0).all(0)]}
 
 
 def evaluation_mode(session: Session) -> None:
@@ -400,7 +434,9 @@ def test_the_gradient_is_that_of_finite_differences(name: str, task: str) -> Non
     for module in (session.method, session.student, *session.others.values()):
         (module if isinstance(module, Method) else module.network).double()
     batch = rows(case.batch, torch.arange(3))
-    if batch.inputs.is_floating_point():
+    if isinstance(batch.inputs, dict):
+        batch.inputs["image"] = batch.inputs["image"].double()
+    elif batch.inputs.is_floating_point():
         batch.inputs = batch.inputs.double()
     batch.views = {view: inputs.double() for view, inputs in batch.views.items()}
     if batch.unlabelled is not None:

@@ -32,7 +32,7 @@ Name = Literal[
 
 
 def forward_kl(log_q: Tensor, log_p: Tensor) -> Tensor:
-    """``KL(p || q) = sum_c p (log p - log q)``: the student must cover all that the teacher does."""
+    """``KL(p || q) = sum_c p (log p - log q)``: the student must cover what the teacher says."""
     return _weighted(log_p.exp(), log_p - log_q)
 
 

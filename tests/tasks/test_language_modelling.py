@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kdrun.outputs import Batch, ModelOutput
+from kdrun.tasks.language_modelling import LanguageModelling
+
+WORDS = 5
+
+
+def batch_of(samples: int = 3, length: int = 4, mask: torch.Tensor | None = None) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(WORDS, (samples, length + 1), generator=generator)
+    return Batch(tokens[:, :-1], tokens[:, 1:], torch.arange(samples), mask)
+
+
+def logits_for(batch: Batch) -> torch.Tensor:
+    return torch.randn(*batch.inputs.shape, WORDS, generator=torch.Generator().manual_seed(1))
+
+
+def judged(task: LanguageModelling, *pairs: tuple[torch.Tensor, Batch]) -> dict[str, float]:
+    metrics = task.metrics()
+    for logits, batch in pairs:
+        task.update_metrics(metrics, ModelOutput(logits), batch)
+    return task.compute(metrics)
+
+
+def test_metrics_are_means_over_the_tokens_that_count() -> None:
+    mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 0], [0, 0, 0, 1]], dtype=torch.bool)
+    batch = batch_of(mask=mask)
+    logits = logits_for(batch)
+    losses, hits = [], []
+    for row, place in mask.nonzero().tolist():
+        wanted = int(batch.target[row, place])
+        losses.append(-float(logits[row, place].log_softmax(-1)[wanted]))
+        hits.append(int(logits[row, place].argmax()) == wanted)
+    mean = sum(losses) / 7
+    task = LanguageModelling(num_classes=WORDS, bytes_per_token=2.0)
+    found = judged(task, (logits[:1], batch.rows(slice(1))), (logits[1:], batch.rows(slice(1, 3))))
+    assert found["loss"] == pytest.approx(mean, rel=1e-5)
+    assert found["perplexity"] == pytest.approx(math.exp(mean), rel=1e-5)
+    assert found["accuracy"] == pytest.approx(100 * sum(hits) / 7)
+    assert found["bits_per_byte"] == pytest.approx(mean / math.log(2) / 2, rel=1e-5)
+    assert task.supervised_loss(ModelOutput(logits), batch).item() == pytest.approx(mean, rel=1e-5)
+
+
+def test_without_text_there_are_no_bits_per_byte() -> None:
+    batch = batch_of()
+    task = LanguageModelling(num_classes=WORDS)
+    assert set(judged(task, (logits_for(batch), batch))) == {"loss", "perplexity", "accuracy"}
+
+
+def test_nothing_counts_nothing_is_lost() -> None:
+    batch = batch_of(mask=torch.zeros(3, 4, dtype=torch.bool))
+    logits = logits_for(batch).requires_grad_()
+    loss = LanguageModelling(num_classes=WORDS).supervised_loss(ModelOutput(logits), batch)
+    loss.backward()
+    assert loss.item() == 0 and logits.grad.abs().max() == 0
+
+
+def test_spare_rows_of_a_vocabulary_are_cut() -> None:
+    batch = batch_of()
+    logits = torch.randn(3, 4, WORDS + 3)
+    task = LanguageModelling(num_classes=WORDS)
+    output = task.forward(lambda tokens: SimpleNamespace(logits=logits), batch)
+    assert torch.equal(output.logits, logits[..., :WORDS])
+
+
+def test_guessing_is_told_from_knowing() -> None:
+    guess, margin = LanguageModelling(num_classes=100).chance()
+    assert guess == pytest.approx(math.log(100)) and 0 < margin < guess
