@@ -7,7 +7,10 @@ take longer than torch itself.
 
 from __future__ import annotations
 
-UNUSED = ("torchvision", "transformers", "scipy", "pycocotools", "torch_fidelity", "onnxruntime")
+UNUSED = (
+    *("torchvision", "transformers", "scipy", "pycocotools", "torch_fidelity", "onnxruntime"),
+    *("matplotlib", "scienceplots"),
+)
 """What torchmetrics is told is not installed."""
 
 
