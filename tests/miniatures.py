@@ -14,10 +14,11 @@ Size = tuple[int, int]
 
 
 def picture(number: int, size: Size) -> bytes:
-    """A PNG file of a random colour image that depends on ``number`` alone."""
-    pixels = np.random.default_rng(number).integers(0, 256, (*size, 3), dtype=np.uint8)
+    """A JPEG file of a random image that depends on ``number`` alone; every fifth is grey."""
+    shape = size if number % 5 == 4 else (*size, 3)
+    pixels = np.random.default_rng(number).integers(0, 256, shape, dtype=np.uint8)
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
+    Image.fromarray(pixels).save(file, "JPEG")
     return file.getvalue()
 
 
@@ -65,7 +66,7 @@ def write_parquet(
 def write_folders(
     folder: Path, splits: Mapping[str, int], *, class_names: Sequence[str], sizes: Sequence[Size]
 ) -> None:
-    """A data set as its archive unpacks: ``<split>/<class>/<image>.png``.
+    """A data set as its archive unpacks: ``<split>/<class>/<image>.JPEG``.
 
     Args:
         folder: of the data set.
@@ -77,6 +78,6 @@ def write_folders(
         for kind, name in enumerate(class_names):
             (folder / split / name).mkdir(parents=True)
             for number in range(count):
-                file = folder / split / name / f"{number}.png"
+                file = folder / split / name / f"{number}.JPEG"
                 seed = 1000 * start + 100 * kind + number
                 file.write_bytes(picture(seed, sizes[number % len(sizes)]))

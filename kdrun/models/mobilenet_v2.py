@@ -58,7 +58,9 @@ class MobileNetV2(nn.Module):
         width: factor on all channels but the last 1280 (which only grow, above 1).
         expansion: factor between a bottleneck and the depthwise convolution inside it.
 
-    Taps: ``stem`` after its ReLU; stages are linear bottlenecks, so they have no pre-activation.
+    Taps: ``stem`` after its ReLU. A stage is a linear bottleneck, which no ReLU follows: it is its
+    own pre-activation, which lets OFD and ReviewKD read it in a student. There is no batch norm to
+    say what a ReLU would hide, so it cannot be a teacher of OFD.
     """
 
     # The same network in the released code of the distillation benchmarks uses this name.
@@ -99,16 +101,10 @@ class MobileNetV2(nn.Module):
 
     def tap_points(self) -> dict[str, str]:
         """Where the named activations are: the bottlenecks of groups 2, 3, 5 and 7."""
-        return {
-            "stem": "conv1",
-            "stem.preactivation": "input:conv1.2",
-            "stem.norm": "conv1.1",
-            "stage1": "blocks.1",
-            "stage2": "blocks.2",
-            "stage3": "blocks.4",
-            "stage4": "blocks.6",
-            "penultimate": "input:classifier",
-        }
+        points = {"stem": "conv1", "stem.preactivation": "input:conv1.2", "stem.norm": "conv1.1"}
+        for stage, group in enumerate((1, 2, 4, 6), start=1):
+            points[f"stage{stage}"] = points[f"stage{stage}.preactivation"] = f"blocks.{group}"
+        return points | {"penultimate": "input:classifier"}
 
 
 def _convolution(

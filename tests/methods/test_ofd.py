@@ -8,6 +8,7 @@ from torch import nn
 
 from kdrun.losses.feature_maps import negative_margin, partial_squared_error
 from kdrun.methods.ofd import OFD, connector
+from kdrun.models.mobilenet_v2 import MobileNetV2
 from kdrun.outputs import ModelOutput, Progress
 from tests.methods.training import ConvNet, agreement, start, train
 
@@ -91,3 +92,22 @@ def test_training_matches_the_preactivations(data, teacher, student) -> None:
     history = train(OFD(), student, teacher, data, epochs=3)
     assert history[-1]["overhaul"] < 0.6 * history[0]["overhaul"]
     assert agreement(student, teacher, data.inputs) > 0.8
+
+
+def test_a_student_of_linear_bottlenecks(data, teacher) -> None:
+    """MobileNetV2, whose stages no ReLU follows: they are compared as they are."""
+    torch.manual_seed(0)
+    student = MobileNetV2(num_classes=10, in_channels=1, width=0.25)
+    session = start(OFD(), student, teacher, data.rows(slice(16)))
+    terms = session.terms(data.rows(slice(16)), Progress(0, 1, 0, 1))
+    terms["overhaul"].backward()
+    for connect in session.method.connectors:
+        assert connect[0].weight.grad.abs().max() > 0
+    gradient = student.blocks[6][-1].conv[6].weight.grad
+    assert gradient.abs().max() > 0
+
+
+def test_linear_bottlenecks_do_not_teach(data, student) -> None:
+    teacher = MobileNetV2(num_classes=10, in_channels=1, width=0.25)
+    with pytest.raises(ValueError, match=r"stage1 of the teacher \(MobileNetV2\) has none"):
+        start(OFD(), student, teacher, data.rows(slice(16)))

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from torch.nn import functional as F
 
 from kdrun.losses.feature_maps import hierarchical_context_loss
 from kdrun.methods.reviewkd import AttentionFusion, ReviewKD
+from kdrun.models.mobilenet_v2 import MobileNetV2
 from kdrun.outputs import ModelOutput, Progress
-from tests.methods.training import agreement, start, train
+from tests.methods.training import ConvNet, agreement, start, train
 
 
 def maps(*shapes: tuple[int, int, int], suffix: str = "") -> ModelOutput:
@@ -96,3 +98,15 @@ def test_training_predicts_the_teachers_levels(data, teacher, student) -> None:
     history = train(ReviewKD(warmup_epochs=1), student, teacher, data, epochs=3)
     assert history[-1]["review"] < 0.6 * history[0]["review"]
     assert agreement(student, teacher, data.inputs) > 0.8
+
+
+@pytest.mark.parametrize("preactivation", [False, True])
+def test_linear_bottlenecks_learn_and_teach(data, teacher, preactivation: bool) -> None:
+    torch.manual_seed(0)
+    mobile = MobileNetV2(num_classes=10, in_channels=1, width=0.25)
+    few = data.rows(slice(16))
+    pairs = [(mobile, teacher), (ConvNet(width=4), mobile)]
+    for student, other in pairs:
+        method = ReviewKD(student_preactivation=preactivation)
+        terms = start(method, student, other, few).terms(few, Progress(0, 1, 0, 1))
+        assert torch.isfinite(terms["review"]) and terms["review"] > 0

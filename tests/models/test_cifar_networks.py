@@ -128,15 +128,18 @@ def test_wide_resnet_taps_do_not_move_statistics_twice() -> None:
     assert counters and all(counter == 1 for counter in counters)
 
 
-def test_mobilenet_stages_are_linear_and_have_no_preactivation() -> None:
+def test_mobilenet_stages_are_linear_and_their_own_preactivation() -> None:
     torch.manual_seed(0)
     network = build("mobilenet_v2")
-    taps = attach(network, ("stages",))
+    taps = attach(network, ("stages", "stages.preactivation"))
     with taps:
         network(torch.randn(2, 3, 32, 32))
-    assert all(feature.min() < 0 for feature in taps.collect().values())
-    with pytest.raises(ValueError, match=r"no tap stage1\.preactivation"):
-        attach(network, ("stages.preactivation",))
+    features = taps.collect()
+    assert len(features) == 8
+    for stage in (f"stage{number}" for number in range(1, 5)):
+        assert features[stage].min() < 0
+        assert torch.equal(features[stage], features[f"{stage}.preactivation"])
+        assert f"{stage}.norm" not in tap_points(network)
 
 
 @pytest.mark.parametrize("name", ["resnet20", "wrn_16_2", "vgg13", "resnet50"])

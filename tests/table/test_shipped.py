@@ -61,6 +61,55 @@ def test_pairs_have_their_own_settings() -> None:
     assert mobile["teacher"]["optimizer"]["lr"] == 0.05
 
 
+CONSTANTS = {
+    ("cifar100_same", "DKD"): {
+        **dict.fromkeys(("R56-R20", "R110-R32"), {"beta": 2}),
+        **dict.fromkeys(("WRN40-2-WRN16-2", "WRN40-2-WRN40-1", "VGG13-VGG8"), {"beta": 6}),
+        **dict.fromkeys(("R32x4-R8x4", "R110-R20"), {"beta": 8}),
+    },
+    ("cifar100_cross", "DKD"): {
+        "VGG13-MNV2": {"beta": 6},
+        **dict.fromkeys(
+            ("R32x4-SNV1", "WRN40-2-SNV1", "R50-MNV2", "R32x4-SNV2", "R50-VGG8"), {"beta": 8}
+        ),
+    },
+    ("imagenet", "DKD"): {
+        "R34-R18": {"beta": 0.5, "temperature": 1, "warmup_epochs": 1},
+        "R50-MV1": {"beta": 2, "temperature": 1, "warmup_epochs": 1},
+    },
+    ("cifar100_same", "CAT-KD"): {
+        "R32x4-R8x4": {"weight": 15, "resolution": 2, "normalize": False},
+        "R56-R20": {"weight": 0.7, "resolution": 2, "normalize": False},
+        "R110-R32": {"weight": 1.8, "resolution": 2, "normalize": False},
+        "WRN40-2-WRN16-2": {"weight": 12, "resolution": 2, "normalize": False},
+        "WRN40-2-WRN40-1": {"weight": 1.5, "resolution": 2, "normalize": False},
+        "VGG13-VGG8": {"weight": 4.5, "resolution": 2, "normalize": False},
+    },
+    ("cifar100_cross", "CAT-KD"): {
+        "R32x4-SNV1": {"weight": 600, "resolution": 4, "normalize": True},
+        "R32x4-SNV2": {"weight": 600, "resolution": 4, "normalize": True},
+        "WRN40-2-SNV1": {"weight": 80, "resolution": 4, "normalize": True},
+        "R50-MNV2": {"weight": 40, "resolution": 2, "normalize": True},
+        "VGG13-MNV2": {"weight": 15, "resolution": 2, "normalize": True},
+    },
+    ("cifar100_same", "ReviewKD"): {"R32x4-R8x4": {"weight": 5}, "R56-R20": {"weight": 1}},
+    ("imagenet", "ReviewKD"): {
+        "R34-R18": {"weight": 1, "warmup_epochs": 1, "student_preactivation": True},
+        "R50-MV1": {"weight": 8, "warmup_epochs": 1, "student_preactivation": True},
+    },
+    ("imagenet", "OFD"): {"R34-R18": {"weight": 1e-3}, "R50-MV1": {"weight": 1e-4}},
+}
+"""What the papers choose for each pair, by table and row, then by column."""
+
+
+@pytest.mark.parametrize(("name", "row"), CONSTANTS)
+def test_every_constant_of_a_pair_is_the_papers(name: str, row: str) -> None:
+    table = open_table(name, CATALOGUE)
+    for column, constants in CONSTANTS[name, row].items():
+        method = composed(table, row, column)["method"]
+        assert {key: method[key] for key in constants} == constants, column
+
+
 def test_teachers_are_shared_between_students_and_tables() -> None:
     same, cross = (open_table(f"cifar100_{kind}", CATALOGUE) for kind in ("same", "cross"))
 
