@@ -82,6 +82,7 @@ def main(words: Sequence[str], catalogue: Catalogue) -> int:
 def write_page(options: Options, catalogue: Catalogue) -> Path:
     """Write the page of a table or of runs; returns where: ``out``, or beside what it shows."""
     from kdrun.report.pages import run_page, table_page
+    from kdrun.report.sweep_page import sweep_page
     from kdrun.table.request import read_request
 
     refused = [key for key in ("format", "analysis") if key in options.given]
@@ -96,6 +97,8 @@ def write_page(options: Options, catalogue: Catalogue) -> Path:
         place = Path(options.given["out"]).expanduser()
     if len(options.targets) == 1 and (first / RESULT).is_file():
         page = run_page(read_run(first))
+    elif len(options.targets) == 1 and is_sweep(first):
+        page = sweep_page(first, trials_of(first, catalogue))
     else:
         page = table_page(read_results(options, catalogue), place.parent)
     write_atomically(place, page)
@@ -189,26 +192,30 @@ def read_results(options: Options, catalogue: Catalogue) -> Results:
 def trials_of(sweep: Path, catalogue: Catalogue) -> list[Trial]:
     """The runs of a sweep with their results, wherever those lie.
 
-    A run's directory follows from its command. It is looked for where the sweep was started, as far
-    as that can be told: here, or above ``<output_dir>/sweeps/<sweep>``.
+    A record says where its run lies once that has ended; otherwise it follows from the command. It
+    is looked for where the sweep was started, as far as that can be told: here, or above
+    ``<output_dir>/sweeps/<sweep>``.
     """
     trials = []
     for record in sweeps.read_records(sweep):
-        words = record["words"]
-        found = None
-        try:
-            config = compose(words, catalogue)
-        except ConfigErrors:
-            config = None  # The config files have changed since.
-        if config is not None:
-            directory = run_directory(config.values, config.names)
-            for root in (Path(), sweep.resolve().parents[2]):
-                if (root / directory / RESULT).is_file():
-                    found = read_run(root / directory)
-                    break
+        directory = None
+        place = record.get("directory") or _directory_of(record["words"], catalogue)
+        if place is not None:
+            roots = (Path(), sweep.resolve().parents[2])
+            directory = next((root / place for root in roots if (root / place).is_dir()), None)
+        run = read_run(directory) if directory and (directory / RESULT).is_file() else None
         known = {key: record[key] for key in ("number", "status", "objective", "seconds", "error")}
-        trials.append(Trial(words=tuple(words), run=found, **known))
+        trials.append(Trial(words=tuple(record["words"]), run=run, directory=directory, **known))
     return trials
+
+
+def _directory_of(words: Sequence[str], catalogue: Catalogue) -> Path | None:
+    """Where the run of some words lies; None where the config files have changed since."""
+    try:
+        config = compose(words, catalogue)
+    except ConfigErrors:
+        return None
+    return run_directory(config.values, config.names)
 
 
 def _of_table(name: str, options: Options, catalogue: Catalogue) -> Results:

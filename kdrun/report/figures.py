@@ -100,8 +100,8 @@ class Point:
 
 def curves(title: str, lines: Sequence[Line], y: str) -> str:
     """Curves over epochs, with bands; the axis begins where the curves are early in training."""
-    with _styled():
-        figure, axes = _figure(HEIGHT + 0.14 * len(lines))
+    with styled():
+        figure, axes = blank_figure(HEIGHT + 0.14 * len(lines))
         for line in lines:
             colour = SERIES[line.colour % len(SERIES)]
             dashes = "--" if line.reference else "-"
@@ -113,14 +113,14 @@ def curves(title: str, lines: Sequence[Line], y: str) -> str:
         axes.set(title=title, xlabel="epoch", ylabel=y)
         _epochs(axes, max(len(line.x) for line in lines))
         _focus(axes, [line.mean for line in lines])
-        _legend(figure, axes)
-        return _svg(figure, f"{title}: {y} over epochs")
+        legend(figure, axes)
+        return svg_of(figure, f"{title}: {y} over epochs")
 
 
 def comparison(title: str, points: Sequence[Point], x: str) -> str:
     """Rows with their deviations, and published numbers beside them."""
-    with _styled():
-        figure, axes = _figure(0.9 + 0.24 * len(points))
+    with styled():
+        figure, axes = blank_figure(0.9 + 0.24 * len(points))
         places = np.arange(len(points))[::-1]
         for place, point in zip(places, points, strict=True):
             colour = SERIES[1] if point.reference else SERIES[0]
@@ -136,15 +136,15 @@ def comparison(title: str, points: Sequence[Point], x: str) -> str:
         axes.set_ylim(-0.7, len(points) - 0.3)
         axes.set(title=title, xlabel=x)
         axes.grid(axis="y", visible=False)
-        return _svg(figure, f"{title}: {x} of each row")
+        return svg_of(figure, f"{title}: {x} of each row")
 
 
 def reliability_diagram(
     title: str, networks: Mapping[str, Reliability], colours: Mapping[str, int]
 ) -> str:
     """Confidence against accuracy; the diagonal is perfect calibration."""
-    with _styled():
-        figure, axes = _figure(HEIGHT + 0.14 * len(networks))
+    with styled():
+        figure, axes = blank_figure(HEIGHT + 0.14 * len(networks))
         axes.plot([0, 1], [0, 1], ":", color=INK, linewidth=1)
         for label, found in networks.items():
             colour = SERIES[colours[label] % len(SERIES)]
@@ -157,17 +157,17 @@ def reliability_diagram(
         axes.set(
             title=title, xlabel="confidence", ylabel="accuracy", xlim=(0, 1.03), ylim=(0, 1.03)
         )
-        _legend(figure, axes)
-        return _svg(figure, f"{title}: reliability diagram")
+        legend(figure, axes)
+        return svg_of(figure, f"{title}: reliability diagram")
 
 
 def heatmap(
     title: str, matrix: np.ndarray, labels: Sequence[str], x: str, y: str, low: float = 0.0
 ) -> str:
     """Percentages from ``low`` on as colours, and as numbers where there is room."""
-    with _styled():
+    with styled():
         size = len(labels)
-        figure, axes = _figure(4.4 if size > 6 else 3.4)
+        figure, axes = blank_figure(4.4 if size > 6 else 3.4)
         axes.imshow(matrix, cmap="viridis", vmin=low, vmax=100)
         axes.grid(visible=False)
         shown = range(size) if size <= 25 else range(0, size, -(-size // 20))
@@ -182,13 +182,13 @@ def heatmap(
                     value = f"{matrix[i, j]:.0f}" if matrix[i, j] >= 0.5 else ""
                     colour = "white" if dark else "black"
                     axes.text(j, i, value, ha="center", va="center", fontsize=7, color=colour)
-        return _svg(figure, f"{title}: {y} by {x}, percent")
+        return svg_of(figure, f"{title}: {y} by {x}, percent")
 
 
 def shares(title: str, epochs: np.ndarray, terms: Mapping[str, np.ndarray]) -> str:
     """What share of the loss each weighted term makes up, over epochs."""
-    with _styled():
-        figure, axes = _figure(HEIGHT + 0.14 * len(terms))
+    with styled():
+        figure, axes = blank_figure(HEIGHT + 0.14 * len(terms))
         size = np.abs(np.stack(list(terms.values())))
         parts = 100 * size / np.maximum(size.sum(0), 1e-12)
         colours = [SERIES[number % len(SERIES)] for number in range(len(terms))]
@@ -202,14 +202,14 @@ def shares(title: str, epochs: np.ndarray, terms: Mapping[str, np.ndarray]) -> s
             axes.set_xlim(epochs[0], epochs[-1])
         axes.set(title=title, xlabel="epoch", ylabel="share of the loss, %", ylim=(0, 100))
         _epochs(axes, len(epochs))
-        _legend(figure, axes)
-        return _svg(figure, f"{title}: shares of the loss over epochs")
+        legend(figure, axes)
+        return svg_of(figure, f"{title}: shares of the loss over epochs")
 
 
 def bars(title: str, values: Mapping[str, float], x: str) -> str:
     """Percentages side by side."""
-    with _styled():
-        figure, axes = _figure(0.9 + 0.3 * len(values))
+    with styled():
+        figure, axes = blank_figure(0.9 + 0.3 * len(values))
         places = np.arange(len(values))[::-1]
         axes.barh(places, list(values.values()), color=SERIES[0], height=0.6)
         for place, value in zip(places, values.values(), strict=True):
@@ -217,15 +217,15 @@ def bars(title: str, values: Mapping[str, float], x: str) -> str:
         axes.set_yticks(places, list(values))
         axes.set(title=title, xlabel=x, xlim=(0, max(100, 1.1 * max(values.values()))))
         axes.grid(axis="y", visible=False)
-        return _svg(figure, title)
+        return svg_of(figure, title)
 
 
 def sensitivity(
     title: str, points: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str
 ) -> str:
     """A result against one option: every run, and the mean at each value, for each method."""
-    with _styled():
-        figure, axes = _figure(HEIGHT + 0.14 * len(points))
+    with styled():
+        figure, axes = blank_figure(HEIGHT + 0.14 * len(points))
         values = np.array([value for found in points.values() for value, _ in found])
         for number, (label, found) in enumerate(points.items()):
             colour = SERIES[number % len(SERIES)]
@@ -235,16 +235,17 @@ def sensitivity(
             means = [array[array[:, 0] == place, 1].mean() for place in places]
             axes.plot(places, means, color=colour, label=label)
         if values.min() > 0 and values.max() / values.min() >= 30:
-            axes.set_xscale("log")
+            logarithmic(axes)
         axes.set(title=title, xlabel=x, ylabel=y)
-        _legend(figure, axes)
-        return _svg(figure, f"{title}: {y} against {x}")
+        legend(figure, axes)
+        return svg_of(figure, f"{title}: {y} against {x}")
 
 
 # -- drawing ---------------------------------------------------------------------------------------
 
 
-def _styled() -> AbstractContextManager[None]:
+def styled() -> AbstractContextManager[None]:
+    """The look of all figures, for the length of a block."""
     try:
         from matplotlib import rc_context
     except ImportError:
@@ -252,11 +253,22 @@ def _styled() -> AbstractContextManager[None]:
     return rc_context(STYLE)
 
 
-def _figure(height: float) -> tuple[Figure, Axes]:
+def blank_figure(height: float) -> tuple[Figure, Axes]:
+    """A figure of the common width, ``height`` inches high, with one pair of axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, figure.add_subplot()
+
+
+def logarithmic(axes: Axes) -> None:
+    """A logarithmic axis to the right, with plain numbers on it."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:,g}" if x < 1e6 else f"{x:.0e}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _epochs(axes: Axes, count: int) -> None:
@@ -281,7 +293,7 @@ def _focus(axes: Axes, means: Sequence[np.ndarray]) -> None:
     axes.set_ylim(max(low, values.min() - room), min(high, values.max() + room))
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
+def legend(figure: Figure, axes: Axes) -> None:
     """Below the axes, where it never hides data."""
     handles, labels = axes.get_legend_handles_labels()
     if labels:
@@ -289,7 +301,7 @@ def _legend(figure: Figure, axes: Axes) -> None:
         figure.legend(handles, labels, loc="outside lower left", ncols=columns)
 
 
-def _svg(figure: Figure, description: str) -> str:
+def svg_of(figure: Figure, description: str) -> str:
     """The drawing as an ``<svg>`` element for a page."""
     stream = io.StringIO()
     figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})

@@ -57,7 +57,7 @@ def table_page(results: Results, place: Path) -> str:
         details=details,
         drawings=figures,
         curves_note=drawings.CURVES,
-        provenance=_provenance(runs[:MOST_RUNS]),
+        provenance=provenance(runs[:MOST_RUNS]),
         runs=[_link(run, place) for run in runs[:MOST_RUNS]],
         left_out=max(0, len(runs) - MOST_RUNS),
     )
@@ -107,7 +107,7 @@ def run_page(run: Run) -> str:
         rows=rows,
         drawings=figures,
         command=run.command,
-        provenance=[("directory", str(run.directory)), *_provenance([run])],
+        provenance=[("directory", str(run.directory)), *provenance([run])],
         changes=_text(run.directory / "overrides.txt"),
         config=_text(run.directory / "config.yaml"),
         difference=(environment.get("git") or {}).get("diff", ""),
@@ -236,7 +236,7 @@ def _networks(run: Run) -> tuple[list[str], list[list[Cell]]]:
 # -- provenance ------------------------------------------------------------------------------------
 
 
-def _provenance(runs: Iterable[Run]) -> list[tuple[str, str]]:
+def provenance(runs: Iterable[Run]) -> list[tuple[str, str]]:
     """What the runs were made with, each different value once."""
     found: dict[str, dict[str, None]] = {}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,9 +10,10 @@ from typing import Any
 
 from kdrun.clock import clock
 from kdrun.errors import UserError
+from kdrun.files import parse_json
 from kdrun.report.formats import aligned
 from kdrun.report.runs import Run
-from kdrun.report.statistics import correlation
+from kdrun.report.statistics import Test, correlation
 
 RECORDS = "jobs"
 """Folder of a sweep's directory with a JSON file for each run."""
@@ -29,11 +29,13 @@ class Trial:
     Attributes:
         number: its position in the sweep.
         words: the command ``kdrun <words>`` does it again.
-        status: ``done``, ``failed``, ``running`` or ``interrupted``.
-        objective: the validation result; None where there is none.
+        status: ``done``, ``pruned``, ``failed``, ``running`` or ``interrupted``.
+        objective: the validation result, of a pruned run the best one so far; None where there is
+            none.
         seconds: how long it took.
         error: the last line of what went wrong.
         run: its result, where that can be found.
+        directory: where it lies, finished or not; None where that cannot be told.
     """
 
     number: int
@@ -43,6 +45,12 @@ class Trial:
     seconds: float
     error: str
     run: Run | None = None
+    directory: Path | None = None
+
+    @property
+    def options(self) -> dict[str, str]:
+        """The value of each option that it was given, as written."""
+        return dict(word.partition("=")[::2] for word in self.words)
 
     @property
     def size(self) -> int | None:
@@ -65,7 +73,7 @@ def read_records(directory: Path) -> list[dict[str, Any]]:
     records = []
     for path in (directory / RECORDS).glob("*.json"):
         try:
-            records.append(json.loads(path.read_text(encoding="utf-8")))
+            records.append(parse_json(path.read_bytes()))
         except ValueError as error:
             raise UserError(f"{path} is damaged: {error}") from error
     return sorted(records, key=lambda record: record["number"])
@@ -73,7 +81,7 @@ def read_records(directory: Path) -> list[dict[str, Any]]:
 
 def text(directory: Path, trials: Sequence[Trial]) -> str:
     """The best runs of a sweep, the trade-off against size, what mattered, and what failed."""
-    done = [trial for trial in trials if trial.status == "done" and trial.objective is not None]
+    done = finished(trials)
     counts = {trial.status: 0 for trial in trials}
     for trial in trials:
         counts[trial.status] += 1
@@ -81,6 +89,9 @@ def text(directory: Path, trials: Sequence[Trial]) -> str:
     blocks = [f"sweep {directory}: {len(trials)} runs, {told}"]
     if done:
         blocks += _done(done)
+    pruned = [trial for trial in trials if trial.status == "pruned"]
+    if pruned:
+        blocks.append("\n".join(["given up early", *map(_given_up, pruned)]))
     failed = [trial for trial in trials if trial.status == "failed"]
     if failed:
         lines = ["failed"]
@@ -91,24 +102,59 @@ def text(directory: Path, trials: Sequence[Trial]) -> str:
     return "\n\n".join(blocks)
 
 
-def _done(done: Sequence[Trial]) -> list[str]:
-    runs = [trial.run for trial in done if trial.run is not None]
-    metric, direction = (runs[0].metric, runs[0].direction) if runs else ("objective", "max")
+def finished(trials: Iterable[Trial]) -> list[Trial]:
+    """The runs that ended with a result."""
+    return [trial for trial in trials if trial.status == "done" and trial.objective is not None]
+
+
+def objective_of(trials: Iterable[Trial]) -> tuple[str, str]:
+    """The metric that the runs of a sweep were judged by on validation, and its direction."""
+    run = next((trial.run for trial in trials if trial.run is not None), None)
+    return (run.metric, run.direction) if run else ("objective", "max")
+
+
+def ranked(trials: Iterable[Trial], direction: str) -> list[Trial]:
+    """Runs with a result, the best first."""
     sign = -1.0 if direction == "max" else 1.0
-    ranked = sorted(done, key=lambda trial: sign * trial.objective)
+    return sorted(trials, key=lambda trial: sign * trial.objective)
+
+
+def test_result(trial: Trial) -> float | None:
+    """The test result of the weights that validation chose."""
+    if trial.run is None:
+        return None
+    return trial.run.value("distilled", trial.run.metric, "best")
+
+
+def shown(value: str) -> str:
+    """A value in a table: long numbers are cut, the commands have all their digits."""
+    if len(value) <= 7:
+        return value
+    try:
+        return f"{float(value):.4g}"
+    except ValueError:
+        return value
+
+
+def _given_up(trial: Trial) -> str:
+    return f"  #{trial.number} {trial.error}, best {trial.objective:.4f}"
+
+
+def _done(done: Sequence[Trial]) -> list[str]:
+    metric, direction = objective_of(done)
+    in_order = ranked(done, direction)
     varied = varied_options(done)
     front = {trial.number for trial in pareto(done, direction)}
     rows = [["", "run", *varied, f"validation {metric}", "test", "parameters", "took"]]
-    for rank, trial in enumerate(ranked[:MOST_SHOWN], start=1):
-        options = dict(word.partition("=")[::2] for word in trial.words)
-        test = trial.run.value("distilled", metric, "best") if trial.run else None
+    for rank, trial in enumerate(in_order[:MOST_SHOWN], start=1):
+        test = test_result(trial)
         size = f"{trial.size:,}" if trial.size else ""
         mark = " *" if trial.number in front and len(front) > 1 else ""
         rows.append(
             [
                 str(rank),
                 f"#{trial.number}",
-                *(options.get(name, "") for name in varied),
+                *(shown(trial.options.get(name, "")) for name in varied),
                 f"{trial.objective:.4f}",
                 "" if test is None else f"{test:.4f}",
                 f"{size}{mark}",
@@ -116,16 +162,21 @@ def _done(done: Sequence[Trial]) -> list[str]:
             ]
         )
     lines = [aligned(rows, left=2 + len(varied))]
-    if len(ranked) > MOST_SHOWN:
-        lines.append(f"and {len(ranked) - MOST_SHOWN} more")
+    if len(in_order) > MOST_SHOWN:
+        lines.append(f"and {len(in_order) - MOST_SHOWN} more")
     better = "larger" if direction == "max" else "smaller"
     lines.append(f"validation decides ({better} is better); test is of the same, best epoch")
     if len(front) > 1:
         lines.append("*: no other run is both better and smaller")
-    best = [f"  kdrun {shlex.join(trial.words)}" for trial in ranked[:BEST]]
+    best = [f"  kdrun {shlex.join(trial.words)}" for trial in in_order[:BEST]]
     blocks = ["\n".join(lines), "\n".join(["best", *best])]
-    effects = _effects(done, varied)
-    return [*blocks, effects] if effects else blocks
+    effects = effects_of(done, varied)
+    if effects:
+        rows = [["option", "rho", "p", "n"]]
+        for option, test in effects.items():
+            rows.append([option, f"{test.estimate:+.2f}", f"{test.p_value:.3f}", str(test.n)])
+        blocks.append(f"rank correlation with the validation result\n{aligned(rows)}")
+    return blocks
 
 
 def varied_options(trials: Iterable[Trial]) -> list[str]:
@@ -150,20 +201,22 @@ def pareto(trials: Iterable[Trial], direction: str) -> list[Trial]:
     return front
 
 
-def _effects(trials: Sequence[Trial], varied: Iterable[str]) -> str:
-    """Rank correlation of each numeric option with the objective."""
-    rows = [["option", "rho", "p", "n"]]
+def effects_of(trials: Sequence[Trial], varied: Iterable[str]) -> dict[str, Test]:
+    """Rank correlation of each numeric option with the objective, where there is one.
+
+    A seed is a name, not a quantity.
+    """
+    effects = {}
     for option in varied:
+        if option.rpartition(".")[2] == "seed":
+            continue
         pairs = []
         for trial in trials:
-            given = dict(word.partition("=")[::2] for word in trial.words).get(option, "")
             try:
-                pairs.append((float(given), trial.objective))
+                pairs.append((float(trial.options.get(option, "")), trial.objective))
             except ValueError:
                 continue
         found = correlation([x for x, _ in pairs], [y for _, y in pairs])
         if found.p_value is not None:
-            rows.append([option, f"{found.estimate:+.2f}", f"{found.p_value:.3f}", str(found.n)])
-    if len(rows) == 1:
-        return ""
-    return f"rank correlation with the validation result\n{aligned(rows)}"
+            effects[option] = found
+    return effects
