@@ -320,6 +320,8 @@ class Distiller(LightningModule):
         """Start fresh metrics for the deployed student, once the method has calibrated it."""
         network = self.deployed()
         was_training = network.training
+        # Each rank's running statistics are of its own samples; those of rank 0 are what is saved.
+        distributed.share_buffers(network)
         self.method.calibrate(network.eval(), self._outputs_on_validation(network))
         # In a plain tuple: as attributes they would become part of this module and its checkpoints.
         self._judged = (network, self.task.metrics().to(self.device), was_training)

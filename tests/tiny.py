@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from kdrun import distributed
 from kdrun.assembly import Assembly, assemble
 from kdrun.build import instantiate
 from kdrun.catalogue import open_catalogue
@@ -100,6 +101,8 @@ def sgd(parameters: Sequence[nn.Parameter]) -> Optimizer:
 class Training:
     """A training with everything that a test may want to change; ``start`` builds, ``run`` trains.
 
+    In a process group it is this rank's part of the training.
+
     The same settings give the same training, however often it is started.
     """
 
@@ -129,6 +132,7 @@ class Training:
             self.method(), self.student(), teachers, task=self.task, data=digits(), seed=0
         )
         place = {"device": "cpu", "dtype": torch.float64 if self.precision == 64 else torch.float32}
+        place |= {"rank": distributed.rank(), "world_size": distributed.world_size()}
         views = self.assembly.method.views
         self.train = digits().train(batch_size=self.batch_size, seed=0, views=views, **place)
         self.validation = digits().validation(batch_size=256, **place)
@@ -150,12 +154,17 @@ class Training:
             epochs=self.epochs,
             steps_per_epoch=self.batches or len(self.train),
         )
+        self.distiller.global_batch = lambda position: digits().samples_at(
+            position, self.batch_size
+        )
         self.assembly.method.prepare(self.distiller.frozen, self.train)
         return self.distiller
 
     def run(self, watch: SignalWatch | StopAt | None = None) -> Outcome:
         distiller = self.start()
-        options = composed("trainer=cpu").values["trainer"] | {"precision": self.precision}
+        several = distributed.world_size() > 1
+        words = ("trainer=ddp", "trainer.accelerator=cpu") if several else ("trainer=cpu",)
+        options = composed(*words).values["trainer"] | {"precision": self.precision}
         if isinstance(watch, StopAt):
             watch.distiller = distiller
         self.console = Console("off")
