@@ -176,7 +176,10 @@ def _run_stages(
             limit_batches=limit_batches,
             member=member,
         )
-        for number, (name, stage) in enumerate(stages_of(config).items()):
+        stages = stages_of(config)
+        for stage in stages.values():
+            stage.check(config, data)
+        for number, (name, stage) in enumerate(stages.items()):
             watch.raise_if_received()
             if member is not None:
                 member.enter_stage(number)
@@ -192,6 +195,8 @@ def _run_stages(
             "schema": RESULT_SCHEMA,
             "names": dict(names),
             "seed": config["seed"],
+            "data_seed": config["data_seed"],
+            "side_by_side": 1 if member is None else member.companions,
             "protocol": config["protocol"],
             "metric": task.objective,
             "direction": task.direction,

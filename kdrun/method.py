@@ -9,7 +9,7 @@ knows nothing of the trainer, of configuration, of devices or of files.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,47 @@ from kdrun.parameters import checked_constructor
 
 Taps = Mapping[str, tuple[str, ...]]
 """Role (``student``, ``teacher``, ...) to the names of the activations wanted from it."""
+
+
+class Selection(NamedTuple):
+    """Rows of a pool, in the order in which they were chosen.
+
+    Attributes:
+        rows: ``(count,)`` int64.
+        radii: distance of each from the nearest of what was known or chosen before it, where rows
+            are chosen by distance.
+    """
+
+    rows: Tensor
+    radii: Tensor | None = None
+
+
+@runtime_checkable
+class Acquisition(Protocol):
+    """A method that chooses, after each round of training, which samples get a label.
+
+    Attributes:
+        rounds: rounds after the first; each begins with more labels.
+        queries: labels bought between two rounds; None: as many as there are classes.
+        final_epochs: epochs of the last round; None: as many as of the others.
+    """
+
+    rounds: int
+    queries: int | None
+    final_epochs: int | None
+
+    def select(
+        self, pool: ModelOutput, labelled: ModelOutput, target: Tensor, count: int, seed: int
+    ) -> Selection:
+        """Choose ``count`` rows of the pool.
+
+        Args:
+            pool: the student's output, with its taps, on the samples without labels.
+            labelled: likewise on those with labels.
+            target: the labels of the latter ``(M,)``.
+            count: how many.
+            seed: of random choices.
+        """
 
 
 class Engine(Protocol):
@@ -187,6 +228,14 @@ class Method(nn.Module):
     def deploy(self, student: nn.Module) -> nn.Module:
         """The network that is evaluated and shipped; shares its weights with ``student``."""
         return student
+
+    def companions(self, student: nn.Module) -> dict[str, nn.Module]:
+        """Further networks that were trained with the student, by name: exits, ensembles.
+
+        They are evaluated on the test set beside the student after its last epoch, and do not ship.
+        They may share the weights of ``student`` and of the method.
+        """
+        return {}
 
 
 def _cross_entropy(output: ModelOutput, batch: Batch) -> Tensor:

@@ -73,6 +73,9 @@ def check(config: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
         data, task = prepare_data(config)
     if method is None or data is None:
         raise ConfigErrors(problems)
+    with _noting(problems):
+        for stage in stages_of(config).values():
+            stage.check(config, data)
     roles = {STUDENT: "student", **method.roles()}
     for source in set(roles.values()) - set(config):
         problems.append(f"{config['method']['_target_']} needs a {source}: give {source}=<model>")
@@ -218,7 +221,8 @@ def _size(count: float) -> str:
 
 
 def _data_line(names: Mapping[str, str], data: DataModule) -> str:
-    sizes = f"{data.train_size:,} train, {data.validation_size:,} validation, {data.test_size:,}"
+    labels = "" if data.labelled_size == data.train_size else f" ({data.labelled_size:,} labelled)"
+    sizes = f"{data.train_size:,} train{labels}, {data.validation_size:,} validation, {data.test_size:,}"
     samples = f"{sizes} test samples of {described(data.input_shape)}"
     text = f"{names['dataset']}, {samples}, {data.num_classes} classes"
     return _line("data", text)
@@ -243,8 +247,8 @@ def _training_lines(
 ) -> list[str]:
     method, trainer = assembly.method, config["trainer"]
     settings = training_settings(config, "student")
-    batch_size, epochs = settings["batch_size"], settings["epochs"]
-    steps = -(-data.train_size // batch_size)
+    batch_size, epochs = min(settings["batch_size"], data.train_size), settings["epochs"]
+    steps = data.batches(batch_size)
     learned = sum(map(_bytes, (*_trained(assembly), method)))
     # Samples that one process runs at once; half precision halves what they keep.
     samples = batch_size / (trainer["devices"] * trainer["num_nodes"] * trainer["accumulate"])

@@ -31,7 +31,7 @@ LAYERS = {
     "config": ("config", "overrides", "catalogue", "checks", "constraints", "schema"),
     "experiment": ("experiment", "validation"),
     "stages": (
-        *("stages", "assembly", "evaluation", "export", "fit", "training_state"),
+        *("stages", "assembly", "evaluation", "export", "fit"),
         *("recording", "optimization", "report"),
     ),
     "distiller": (
@@ -39,7 +39,17 @@ LAYERS = {
         *("lockstep", "shared_pass"),
     ),
     "methods": ("methods", "method"),
-    "parts": ("losses", "layers", "tasks", "data", "models", "inputs", "outputs", "recording"),
+    "parts": (
+        "losses",
+        "layers",
+        "selection",
+        "tasks",
+        "data",
+        "models",
+        "inputs",
+        "outputs",
+        "recording",
+    ),
     "ground": (
         *("build", "targets", "parameters", "errors", "store", "checkpoints", "distributed"),
         *(
@@ -61,7 +71,8 @@ LAYERS = {
 that layer and from those below."""
 
 KNOWS = {
-    "methods": {"methods", "method", "losses", "layers", "outputs", "parameters"},
+    "methods": {"methods", "method", "losses", "layers", "selection", "outputs", "parameters"},
+    "selection": {"selection"},
     "method": {"outputs", "parameters"},
     "losses": {"losses"},
     "layers": {"layers", "inputs", "outputs"},
@@ -73,7 +84,7 @@ KNOWS = {
 }
 """All of kdrun that these parts may import."""
 
-MATHEMATICS = ("methods", "method", "losses", "layers", "outputs")
+MATHEMATICS = ("methods", "method", "losses", "layers", "selection", "outputs")
 FOREIGN_TO_MATHEMATICS = {
     *("lightning", "hydra", "omegaconf", "yaml", "json", "safetensors"),
     *("os", "sys", "io", "pathlib", "shutil", "tempfile", "pickle", "argparse", "logging"),

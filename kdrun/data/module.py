@@ -158,6 +158,10 @@ class DataModule(ABC):
         """What a teacher that is made here is trained on."""
         return self
 
+    def batches(self, batch_size: int) -> int:
+        """Batches in an epoch of training."""
+        return -(-self.train_size // batch_size)
+
     def samples_at(self, position: int, batch_size: int) -> int:
         """Training samples in batch ``position`` of an epoch, over all ranks."""
         return min(batch_size, self.train_size - position * batch_size)

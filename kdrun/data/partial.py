@@ -210,6 +210,24 @@ class PartlyLabelled(DataModule):
         """Samples with labels."""
         return len(self._parts.get("labelled", self._parts["train"]))
 
+    def batches(self, batch_size: int) -> int:
+        """Batches in an epoch, as ``pairs`` says."""
+        if "labelled" not in self._parts:
+            return super().batches(batch_size)
+        known, pool = (-(-len(part) // batch_size) for part in (self.labelled, self.unlabelled))
+        return {
+            "zip": max(1, min(known, pool)),
+            "cycle_labelled": max(1, pool),
+            "cycle_unlabelled": known,
+            "with_replacement": self.steps or known,
+        }[self.pairs]
+
+    def paired(self, pairs: str, steps: int | None) -> PartlyLabelled:
+        """The same data, its batches paired in another way."""
+        other = copy.copy(self)
+        other.pairs, other.steps = pairs, steps
+        return other
+
     def samples_at(self, position: int, batch_size: int) -> int:
         """Labelled samples in batch ``position`` of an epoch, over all ranks."""
         if "labelled" not in self._parts:
@@ -228,22 +246,16 @@ class PartlyLabelled(DataModule):
         if "labelled" not in self._parts or not options.shuffle:
             name = "labelled" if "labelled" in self._parts else "train"
             return self.loader(name, options)
-        known, pool = len(self.labelled), len(self.unlabelled)
-        if unlabelled and not pool:
+        if unlabelled and not len(self.unlabelled):
             raise UserError("every training sample has a label: lower dataset.shots or percent")
         beside = replace(options, seed=stream_seed(options.seed, POOL), drop_last=False)
-        steps = {
-            "zip": min(options.batches(known), beside.batches(pool)),
-            "cycle_labelled": beside.batches(pool),
-            "cycle_unlabelled": options.batches(known),
-            "with_replacement": self.steps or -(-known // options.batch_size),
-        }[self.pairs]
+        steps = self.batches(options.batch_size)
         if self.pairs == "with_replacement":
             options = replace(options, draws=steps * options.batch_size)
         return PairedLoader(
             self.loader("labelled", options),
             self.loader("unlabelled", beside) if unlabelled else None,
-            steps=max(steps, 1),
+            steps=steps,
             restart=self.pairs == "zip",
         )
 

@@ -1,4 +1,4 @@
-"""Two linear heads on one backbone, one for labels and one for a teacher, mixed when it predicts."""
+"""Two linear heads on one backbone, one for labels, one for a teacher, mixed in predictions."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ from kdrun.models.vision_language import (
     ImageConversion,
     Prompts,
     VisionLanguageClassifier,
+    ZeroShotClassifier,
     ZeroShotHead,
     class_embeddings,
     linear_head,
@@ -85,18 +86,20 @@ def clip(
         towers = _of_transformers(name, pretrained)
     else:
         towers = _of_open_clip(name, weights, pretrained)
-    if towers.text is None:
-        embeddings = torch.zeros(len(prompts), towers.width)
-    else:
-        embeddings = _embedded(towers.text, prompts, average)
-    classifier = linear_head(embeddings) if head == "linear" else ZeroShotHead(embeddings, scale)
     conversion = ImageConversion(input_mean, input_std, mean, std, towers.size)
-    return VisionLanguageClassifier(conversion, towers.image, classifier)
+    embeddings = _embedded(towers, prompts, average)
+    if head == "linear":
+        return VisionLanguageClassifier(conversion, towers.image, linear_head(embeddings))
+    zero_shot = ZeroShotHead(embeddings, _embedded(towers, prompts, "raw_mean"), scale)
+    return ZeroShotClassifier(conversion, towers.image, zero_shot)
 
 
 @torch.no_grad()
-def _embedded(encode_text: Any, prompts: Prompts, average: Average) -> Tensor:
-    return class_embeddings(encode_text, prompts, average)
+def _embedded(towers: Towers, prompts: Prompts, average: Average) -> Tensor:
+    """The class embeddings ``(C, D)``; zeros where weights that bring them are still to come."""
+    if towers.text is None:
+        return torch.zeros(len(prompts), towers.width)
+    return class_embeddings(towers.text, prompts, average)
 
 
 class TransformersImageTower(nn.Module):

@@ -69,8 +69,15 @@ class TwoTower(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images to logits ``(B, C)``, one for each class that has prompts."""
-        embeddings = class_embeddings(self.encode_text, self.prompts, "norm_mean_norm")
-        return zero_shot_logits(self.encode_image(images), embeddings, self.scale)
+        return zero_shot_logits(self.encode_image(images), self.zero_shot_embeddings(), self.scale)
+
+    def zero_shot_embeddings(self) -> Tensor:
+        """The class embeddings ``(C, D)``, unit vectors."""
+        return class_embeddings(self.encode_text, self.prompts, "norm_mean_norm")
+
+    def prototypes(self) -> Tensor:
+        """The class embeddings ``(C, D)`` as the mean over sentences as they are."""
+        return class_embeddings(self.encode_text, self.prompts, "raw_mean")
 
     def tap_points(self) -> dict[str, str]:
         """The image embedding."""

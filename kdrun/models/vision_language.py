@@ -6,7 +6,7 @@ A model needs ``encode_image`` and ``encode_text``; everything else is built on 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +19,24 @@ Prompts = Sequence[Sequence[str]]
 """The sentences of each class, by class id."""
 
 
-class VisionLanguageModel(Protocol):
-    """Two towers into one space."""
+@runtime_checkable
+class ZeroShot(Protocol):
+    """A classifier by class embeddings, which few-shot adapters build upon.
+
+    Attributes:
+        scale: of the cosines.
+    """
+
+    scale: float
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Images ``(B, 3, H, W)``, as that model wants them, to embeddings ``(B, D)``."""
+        """Images as the data set gives them to embeddings ``(B, D)``."""
 
-    def encode_text(self, texts: Sequence[str]) -> Tensor:
-        """Sentences to embeddings ``(N, D)``."""
+    def zero_shot_embeddings(self) -> Tensor:
+        """The class embeddings ``(C, D)`` that it classifies with."""
+
+    def prototypes(self) -> Tensor:
+        """The class embeddings ``(C, D)`` as ``raw_mean``."""
 
 
 def class_embeddings(
@@ -73,15 +83,18 @@ class ZeroShotHead(nn.Module):
 
     Args:
         embeddings: ``(C, D)``.
+        prototypes: ``(C, D)``, the same sentences averaged as ``raw_mean``.
         scale: of the cosines.
     """
 
     embeddings: Tensor
+    prototypes: Tensor
 
-    def __init__(self, embeddings: Tensor, scale: float) -> None:
+    def __init__(self, embeddings: Tensor, prototypes: Tensor, scale: float) -> None:
         super().__init__()
         self.scale = scale
         self.register_buffer("embeddings", embeddings.detach().clone())
+        self.register_buffer("prototypes", prototypes.detach().clone())
 
     def forward(self, features: Tensor) -> Tensor:
         """Features ``(B, D)`` to logits ``(B, C)``."""
@@ -149,11 +162,39 @@ class VisionLanguageClassifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images as the data set normalises them to logits ``(B, C)``."""
-        return self.classifier(self.encoder(self.conversion(images)).float())
+        return self.classifier(self.encode_image(images))
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Images as the data set normalises them to embeddings ``(B, D)`` in float32."""
+        return self.encoder(self.conversion(images)).float()
 
     def tap_points(self) -> dict[str, str]:
         """The image embedding."""
         return {"penultimate": "input:classifier"}
+
+
+class ZeroShotClassifier(VisionLanguageClassifier):
+    """An image tower and fixed class embeddings.
+
+    Args:
+        conversion: from the data set's images to the tower's.
+        encoder: images to embeddings ``(B, D)``.
+        classifier: the class embeddings.
+    """
+
+    def __init__(
+        self, conversion: ImageConversion, encoder: nn.Module, classifier: ZeroShotHead
+    ) -> None:
+        super().__init__(conversion, encoder, classifier)
+        self.scale = classifier.scale
+
+    def zero_shot_embeddings(self) -> Tensor:
+        """The class embeddings ``(C, D)``."""
+        return self.classifier.embeddings
+
+    def prototypes(self) -> Tensor:
+        """The class embeddings ``(C, D)`` as ``raw_mean``."""
+        return self.classifier.prototypes
 
 
 def linear_head(embeddings: Tensor) -> nn.Linear:

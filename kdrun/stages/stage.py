@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import nn
 
 from kdrun.data.module import DataModule
 from kdrun.errors import UserError
@@ -45,6 +48,8 @@ class Context:
         artefacts: what the stages so far have left, by the stage's name.
         result: what goes into ``result.json``.
         limit_batches: batches per epoch in a trial; None: all.
+        networks: frozen networks that a stage has adapted, by config entry; they take the place of
+            what the stage of that name left.
         member: this run among those that go side by side with it; None: it goes alone.
     """
 
@@ -61,6 +66,7 @@ class Context:
     result: dict[str, Any] = field(default_factory=dict)
     limit_batches: int | None = None
     member: Member | None = None
+    networks: dict[str, nn.Module] = field(default_factory=dict)
 
 
 class Stage:
@@ -95,6 +101,13 @@ class Stage:
             produce(context.run_directory)
             artefact = Artefact(context.run_directory, key)
         context.artefacts[name] = artefact
+
+    def check(self, config: Mapping[str, Any], data: DataModule) -> None:
+        """Refuse what cannot go through this stage, before any stage begins.
+
+        Raises:
+            UserError: says what to change.
+        """
 
     def wanted(self, context: Context) -> bool:
         """Whether this run needs the stage at all."""

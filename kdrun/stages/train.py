@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from kdrun import distributed
-from kdrun.assembly import assemble, build_network, load_init, make_method
+from kdrun.assembly import assemble, assemble_untrained, build_network, load_init, make_method
 from kdrun.checkpoints import load_weights, save_weights
 from kdrun.errors import UserError
 from kdrun.files import file_sha256, write_json
@@ -159,13 +160,22 @@ def train_alone(
     key: Mapping[str, Any],
     directory: Path,
 ) -> None:
-    """Train a network with the supervised loss into ``directory``."""
+    """Train a network with the supervised loss into ``directory``.
+
+    Raises:
+        UserError: the distillation that is to follow could not be put together.
+    """
+    # A student that does not exist or does not fit is found now, not when this training is over.
+    assemble_untrained(context.config, context.data, context.task)
     assembly = assemble(Supervised(), network, {}, task=context.task, data=context.data, seed=seed)
     train(context, assembly, name=name, role=role, seed=seed, key=key, directory=directory)
 
 
 def load_network(context: Context, source: str) -> nn.Module:
-    """A finished network, from the artefact of the stage named like its config entry."""
+    """A finished network: as a later stage has adapted it, else from the artefact of the stage
+    named like its config entry."""
+    if source in context.networks:
+        return copy.deepcopy(context.networks[source]).eval()
     node = dict(context.config[source])
     if "pretrained" in node:
         # The stage has kept the weights; the library's own need not be fetched again.

@@ -235,6 +235,8 @@ def train(
         watch=context.watch,
         product=product,
         limit_batches=context.limit_batches,
+        patience=settings["patience"],
+        ties=settings["ties"],
     )
     if distributed.rank() == 0:
         write_json(directory / "training.json", summary(context, outcome))
