@@ -23,7 +23,7 @@ CHOICES = {
     "epoch": ("last", "best"),
     "test": ("t", "wilcoxon"),
     "direction": ("max", "min"),
-    "analysis": ("fidelity", "anova"),
+    "analysis": ("paired", "correlation", "anova", "fidelity"),
     "correction": ("none", "holm"),
 }
 """Options that take one of a few values."""
@@ -138,19 +138,24 @@ def read_options(words: Sequence[str]) -> Options:
 def analysis(options: Options, catalogue: Catalogue) -> str:
     """The statistics that are asked for, as text.
 
+    ``paired``: every cell against its baseline over seeds. ``correlation``: of the metric with the
+    others. ``anova``: how much of the variation of all results the rows and the columns explain.
     ``fidelity``: the tests of ``kdrun.report.fidelity``, of a table, of runs, or of one CSV file.
-    ``anova``: how much of the variation of all results the rows and the columns explain.
     """
-    from kdrun.report import fidelity, variance
+    from kdrun.report import analyses, fidelity, variance
 
     first = Path(options.targets[0]).expanduser()
-    if options.given["analysis"] == "anova":
+    kind, corrected = options.given["analysis"], options.given.get("correction") == "holm"
+    if kind == "paired":
+        return analyses.paired_text(read_results(options, catalogue), corrected)
+    if kind == "correlation":
+        return analyses.correlation_text(read_results(options, catalogue))
+    if kind == "anova":
         return variance.text(read_results(options, catalogue))
     if first.suffix == ".csv" and first.is_file():
         outcomes = fidelity.read_outcomes(first)
     else:
         outcomes = fidelity.outcomes_of(read_results(options, catalogue))
-    corrected = options.given.get("correction") == "holm"
     return fidelity.text(fidelity.analyse(outcomes), corrected)
 
 

@@ -19,6 +19,11 @@ PROTOCOLS = {
     "holdout": "protocol=holdout: validation data held out of training, test data used once",
     "paper": "protocol=paper: all training data, test data seen at every epoch",
 }
+ORDERS = {
+    "shared": "data order: the same for all seeds; the spread is that of initial weights and draws",
+    "independent": "data order: another for each seed",
+    "mixed": "data order: the same for all seeds in some runs, another for each seed in the others",
+}
 EPOCHS = {"last": "weights of the last epoch", "best": "weights of the best epoch on validation"}
 TESTS = {"t": "paired t-test over seeds", "wilcoxon": "Wilcoxon's signed-rank test over seeds"}
 
@@ -105,6 +110,7 @@ def as_json(results: Results) -> str:
         "profile": results.profile or None,
         "epoch": results.epoch,
         "protocols": results.protocols,
+        "data_order": results.data_order or None,
         "rows": list(results.rows),
         "columns": list(results.columns),
         "cells": _records(results),
@@ -205,6 +211,8 @@ def notes(results: Results) -> list[str]:
     better = {e.metric: "larger" if e.direction == "max" else "smaller" for e in results.entries}
     metrics = ", ".join(f"{metric} ({side} is better)" for metric, side in better.items())
     lines.append(f"test {metrics}: mean ± standard deviation over n runs; {EPOCHS[results.epoch]}")
+    if results.data_order:
+        lines.append(ORDERS[results.data_order])
     if _tested(results.entries):
         lines.append(f"p: {TESTS[results.test]}, two-sided, not corrected; ?: cannot be decided")
     lines += [f"published: {source}" for source in results.sources]

@@ -124,6 +124,14 @@ class Results:
         return max(means) if entries[-1].direction == "max" else min(means)
 
     @property
+    def data_order(self) -> str:
+        """``shared`` where the runs of all seeds saw their data in one order, ``independent`` where
+        each had its own, ``mixed`` where both occur; empty without runs of several seeds."""
+        runs = [run for entry in self.entries if entry.n > 1 for run in entry.runs]
+        orders = {"independent" if run.data_seed is None else "shared" for run in runs}
+        return "mixed" if len(orders) > 1 else next(iter(orders), "")
+
+    @property
     def protocols(self) -> list[str]:
         """Under which protocols the runs were made."""
         return sorted({name for entry in self.entries for name in entry.protocols})

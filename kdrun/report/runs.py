@@ -26,6 +26,7 @@ class Run:
         directory: where it lies; its parent names the configuration.
         names: the choice in each config group.
         seed: of the student.
+        data_seed: of the order of its data; None: the seed.
         protocol: ``holdout`` or ``paper``.
         metric: the task's objective; ``direction``: ``max`` or ``min`` of it is better.
         command: what repeats the run.
@@ -44,6 +45,7 @@ class Run:
     seconds: float
     artefacts: Mapping[str, str]
     networks: Mapping[str, Mapping[str, Any]]
+    data_seed: int | None = None
 
     def value(self, network: str, metric: str, epoch: str) -> float | None:
         """A test result; None where the run has no such network.
@@ -101,6 +103,7 @@ def read_run(directory: Path) -> Run:
             seconds=result["seconds"],
             artefacts=result["artefacts"],
             networks=result["networks"],
+            data_seed=result.get("data_seed"),
         )
     except FileNotFoundError:
         raise UserError(f"{directory} is no finished run: it has no {RESULT}") from None
