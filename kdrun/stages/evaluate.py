@@ -10,9 +10,11 @@ from typing import Any
 from torch import nn
 
 from kdrun import distributed
+from kdrun.assembly import Assembly
 from kdrun.checkpoints import load_weights
 from kdrun.evaluation import Predictions, evaluate, parameter_count
 from kdrun.files import read_json
+from kdrun.stages.companions import trained_companions
 from kdrun.stages.distil import assemble_run
 from kdrun.stages.stage import Context, Stage
 from kdrun.stages.train import initial_student
@@ -29,19 +31,8 @@ class Evaluate(Stage):
     def produce(self, context: Context, name: str, directory: Path) -> None:
         """Fill ``context.result`` with the metrics of every network."""
         assembly = assemble_run(context)
-        networks: dict[str, nn.Module] = dict(assembly.teachers)
-        for role in assembly.method.trainable_roles:
-            load_weights(networks[role], context.artefacts["distil"].path(f"{role}.safetensors"))
-        for epoch, ending in EPOCHS.items():
-            if "alone" in context.artefacts:
-                network = initial_student(context)
-                load_weights(
-                    network, context.artefacts["alone"].path(f"network{ending}.safetensors")
-                )
-                networks[f"alone/{epoch}"] = network
-            deployed = copy.deepcopy(assembly.deployed())
-            load_weights(deployed, context.artefacts["distil"].path(f"student{ending}.safetensors"))
-            networks[f"distilled/{epoch}"] = deployed
+        networks = trained_networks(context, assembly)
+        networks |= trained_companions(context, assembly)
         predictions = Predictions()
         sources = assembly.method.roles()
         result = results_on_test(context, networks, predictions, sources)
@@ -55,6 +46,30 @@ class Evaluate(Stage):
         context.result["networks"] = result
         training = result["distilled"]["training"]
         context.result["objective"] = training["validation"]["best"][context.task.objective]
+
+
+def trained_networks(context: Context, assembly: Assembly) -> dict[str, nn.Module]:
+    """All networks of a run with the weights that its stages left.
+
+    Args:
+        context: the run, after its student was distilled.
+        assembly: the method and the networks of the run.
+
+    Returns:
+        The teachers by role, ``alone/<epoch>`` and ``distilled/<epoch>``, on the CPU.
+    """
+    networks: dict[str, nn.Module] = dict(assembly.teachers)
+    for role in assembly.method.trainable_roles:
+        load_weights(networks[role], context.artefacts["distil"].path(f"{role}.safetensors"))
+    for epoch, ending in EPOCHS.items():
+        if "alone" in context.artefacts:
+            network = initial_student(context)
+            load_weights(network, context.artefacts["alone"].path(f"network{ending}.safetensors"))
+            networks[f"alone/{epoch}"] = network
+        deployed = copy.deepcopy(assembly.deployed())
+        load_weights(deployed, context.artefacts["distil"].path(f"student{ending}.safetensors"))
+        networks[f"distilled/{epoch}"] = deployed
+    return networks
 
 
 def results_on_test(

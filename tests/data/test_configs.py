@@ -23,8 +23,17 @@ def read(path: Path) -> dict:
     parents = [name for name in node.pop("defaults", []) if name != "_self_"]
     for parent in parents:
         if isinstance(parent, str):
-            node = read(path.with_name(f"{parent}.yaml")) | node
+            node = merged(read(path.with_name(f"{parent}.yaml")), node)
     return node
+
+
+def merged(below: dict, above: dict) -> dict:
+    """``below`` with the entries of ``above``, group by group."""
+    result = below | above
+    for key in below.keys() & above.keys():
+        if isinstance(below[key], dict) and isinstance(above[key], dict):
+            result[key] = merged(below[key], above[key])
+    return result
 
 
 def nodes(value):
