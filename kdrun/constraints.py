@@ -116,5 +116,7 @@ def _devices(trainer: Mapping[str, Any]) -> Iterator[str]:
         yield "trainer.devices: an mps machine has one device; set 1"
     if trainer["strategy"] == "fsdp" and processes == 1:
         yield "trainer.strategy: fsdp divides networks among processes; set trainer.devices above 1"
+    if trainer["strategy"] == "fsdp" and trainer["accelerator"] in ("cpu", "mps"):
+        yield "trainer.strategy: fsdp needs GPUs; set trainer.accelerator=gpu or trainer=ddp"
     if trainer["precision"] == 64 and trainer["accelerator"] == "mps":
         yield "trainer.precision: mps has no 64-bit numbers; set 32"
