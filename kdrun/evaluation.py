@@ -56,15 +56,16 @@ class Predictions:
         self._parts: dict[str, list[Tensor]] = {}
 
     def update(self, outputs: Mapping[str, ModelOutput], batch: Batch, task: Task) -> None:
-        """Add one batch: outputs by the network's name."""
+        """Add the samples that count of one batch: outputs by the network's name."""
         said = {name: task.predictions(output) for name, output in outputs.items()}
         if None in said.values():
             return
-        self._keep("index", batch.index)
-        self._keep("target", batch.target)
+        counted = slice(None) if batch.mask is None else batch.mask.cpu()
+        self._keep("index", batch.index, counted)
+        self._keep("target", batch.target, counted)
         for name, values in said.items():
             for what, value in values.items():
-                self._keep(f"{name}/{what}", value)
+                self._keep(f"{name}/{what}", value, counted)
 
     def save(self, path: Path) -> None:
         """Write them as safetensors, a row per sample in the order of the split; nothing where the
@@ -73,8 +74,8 @@ class Predictions:
             rows = {name: torch.cat(parts) for name, parts in self._parts.items()}
             write_atomically(path, safetensors.torch.save(rows))
 
-    def _keep(self, name: str, value: Tensor) -> None:
-        value = value.cpu()
+    def _keep(self, name: str, value: Tensor, counted: Tensor | slice) -> None:
+        value = value.cpu()[counted]
         self._parts.setdefault(name, []).append(value if value.is_floating_point() else value.int())
 
 

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -39,6 +39,8 @@ from kdrun.training_state import (
     restore_generators,
     write_checkpoint,
 )
+
+Ties = Literal["first", "last"]
 
 BLOCK = 32
 """Batches handed to the trainer at once; its own cost per hand-over is that of a small step."""
@@ -78,6 +80,8 @@ def fit(
     product: str = "network",
     checkpoint_seconds: float = 600.0,
     limit_batches: int | None = None,
+    patience: int | None = None,
+    ties: Ties = "first",
 ) -> Outcome:
     """Train ``distiller``, or continue from ``directory/last.ckpt``.
 
@@ -98,6 +102,9 @@ def fit(
         product: what the weight files are called.
         checkpoint_seconds: largest time between two checkpoints of a single-process run.
         limit_batches: batches per epoch, for trials; None: all.
+        patience: epochs without a better validation objective after which training ends; None: it
+            never ends early.
+        ties: which of epochs with equal validation objectives is the best.
 
     Raises:
         Stopped: a signal came; the state is saved.
@@ -110,10 +117,12 @@ def fit(
     steps = len(train) if limit_batches is None else min(limit_batches, len(train))
     saved = read_checkpoint(directory / CHECKPOINT, key, log.say)
     best = directory / f"{product}_best.safetensors"
-    session = _Session(distiller, directory, best, key, log, watch, checkpoint_seconds, saved)
+    session = _Session(
+        distiller, directory, best, key, log, watch, checkpoint_seconds, saved, patience, ties
+    )
     trainer.callbacks.append(session)
     trainer.limit_val_batches = len(validation) if limit_batches is None else limit_batches
-    if saved is None or saved["epoch"] < distiller.epochs:
+    if saved is None or saved["epoch"] < distiller.epochs and not session.out_of_patience():
         blocks = Blocks(train, distiller, steps)
         with warnings.catch_warnings():
             # Lightning's remarks about loaders and its own dependencies are not the user's concern.
@@ -211,11 +220,14 @@ class _Session(Callback):
         watch: SignalWatch,
         checkpoint_seconds: float,
         saved: dict[str, Any] | None,
+        patience: int | None,
+        ties: Ties,
     ) -> None:
         self.distiller, self.directory, self.best, self.key = distiller, directory, best, key
         self.reporter, self.watch = log, watch
         self.checkpoint_seconds = checkpoint_seconds
         self.saved = saved
+        self.patience, self.ties = patience, ties
         self.outcome = Outcome()
         if saved is not None:
             self.outcome = Outcome(**saved["outcome"])
@@ -263,7 +275,9 @@ class _Session(Callback):
         row = self._row(trainer, module)
         history = self.outcome.history
         history.append(row)
-        best = max(history, key=lambda other: _score(other, module.task))
+        # Of equals, max gives the one that comes first.
+        candidates = history if self.ties == "first" else history[::-1]
+        best = max(candidates, key=lambda other: _score(other, module.task))
         if best is row:
             self.outcome.best_epoch = row["epoch"]
             if distributed.rank() == 0:
@@ -281,6 +295,17 @@ class _Session(Callback):
         received = max(distributed.gather_objects(self.watch.received))
         if received and module.epoch < module.epochs:
             raise Stopped(received)
+        if self.out_of_patience() and module.epoch < module.epochs:
+            self.reporter.say(
+                f"ends after epoch {module.epoch}: none of {self.patience} epochs was better on "
+                f"validation than epoch {self.outcome.best_epoch}"
+            )
+            trainer.should_stop = True
+
+    def out_of_patience(self) -> bool:
+        """Whether the best epoch lies so far back that training ends."""
+        behind = len(self.outcome.history) - self.outcome.best_epoch
+        return self.patience is not None and behind >= self.patience
         if module.epoch < module.epochs:
             objective = row[f"validation/{module.task.objective}"]
             pruning.tell(self.reporter.name, module.epoch, objective)

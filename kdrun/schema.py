@@ -108,6 +108,8 @@ class Training:
     label_smoothing: ProperFraction
     ema: ProperFraction | None
     nonfinite: Literal["stop", "skip"]
+    patience: PositiveInt | None
+    ties: Literal["first", "last"]
     teacher: dict
 
 

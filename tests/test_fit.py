@@ -222,6 +222,33 @@ def test_the_best_epoch(tmp_path: Path, values, direction, best) -> None:
     assert identical(load_file(tmp_path / "network.safetensors"), states[3])
 
 
+@pytest.mark.parametrize(("ties", "best", "epochs"), [("first", 1, 3), ("last", 2, 4)])
+def test_training_ends_when_validation_no_longer_gets_better(
+    tmp_path: Path, ties: str, best: int, epochs: int
+) -> None:
+    values = [70.0, 70.0, 60.0, 50.0, 40.0, 30.0]
+    settings = {"epochs": 6, "batches": 2, "patience": 2, "ties": ties}
+    training = Training(tmp_path, task=Scripted(values), **settings)
+    outcome = training.run()
+    assert (outcome.best_epoch, len(outcome.history)) == (best, epochs)
+    assert "ends after epoch" in (tmp_path / "log.txt").read_text()
+    state = state_of(training.distiller.networks["student"])
+    # What was ended is not gone on with, whoever asks again.
+    (tmp_path / "network.safetensors").unlink()
+    again = Training(tmp_path, task=Scripted([]), **settings)
+    assert len(again.run().history) == epochs
+    assert identical(load_file(tmp_path / "network.safetensors"), state)
+
+
+def test_patience_is_counted_on_after_a_signal(tmp_path: Path) -> None:
+    values = [50.0, 70.0, 60.0, 60.0, 60.0, 60.0]
+    settings = {"epochs": 6, "batches": 2, "patience": 2}
+    with pytest.raises(Stopped):
+        Training(tmp_path, task=Scripted(values[:3]), **settings).run(StopAt(6))
+    outcome = Training(tmp_path, task=Scripted(values[3:]), **settings).run()
+    assert (outcome.best_epoch, len(outcome.history)) == (2, 4)
+
+
 # -- interruption ----------------------------------------------------------------------------------
 
 

@@ -78,7 +78,7 @@ KNOWS = {
     "layers": {"layers", "inputs", "outputs"},
     "inputs": set(),
     "outputs": set(),
-    "tasks": {"tasks", "inputs", "outputs", "parameters"},
+    "tasks": {"tasks", "losses", "inputs", "outputs", "parameters"},
     "data": {"data", "outputs", "parameters", "errors"},
     "models": {"models", "inputs", "build", "targets", "parameters", "errors"},
 }

@@ -32,6 +32,18 @@ def test_what_networks_say_of_each_sample_is_kept_in_order(tmp_path: Path) -> No
     assert {value.dtype.name for value in kept.values()} == {"int32", "float32"}
 
 
+def test_only_what_counts_is_kept(tmp_path: Path) -> None:
+    predictions = Predictions()
+    mask = torch.tensor([True, False, True])
+    batch = Batch(torch.zeros(3, 1), torch.tensor([0, -100, 2]), torch.arange(3), mask)
+    outputs = {"teacher": ModelOutput(torch.eye(3))}
+    predictions.update(outputs, batch, Classification(num_classes=3))
+    predictions.save(tmp_path / "p.safetensors")
+    kept = safetensors.numpy.load_file(tmp_path / "p.safetensors")
+    assert kept["index"].tolist() == kept["target"].tolist() == [0, 2]
+    assert kept["teacher/prediction"].tolist() == [0, 2]
+
+
 class Tokens(Task):
     """A task with many predictions per sample."""
 

@@ -118,6 +118,8 @@ class Training:
     clip_norm: float | None = None
     ema_decay: float | None = None
     nonfinite: Any = "stop"
+    patience: int | None = None
+    ties: Any = "first"
     of_roles: Mapping[str, Any] = field(default_factory=dict)
     batches: int | None = None
     checkpoint_seconds: float = 600.0
@@ -183,6 +185,8 @@ class Training:
             watch=watch or SignalWatch(),
             checkpoint_seconds=self.checkpoint_seconds,
             limit_batches=self.batches,
+            patience=self.patience,
+            ties=self.ties,
         )
 
     def trained(self, watch: SignalWatch | StopAt | None = None) -> dict[str, Tensor]:

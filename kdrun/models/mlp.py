@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from kdrun.parameters import PositiveInt
+from kdrun.parameters import PositiveInt, ProperFraction
 
 
 class MLP(nn.Module):
@@ -17,8 +17,9 @@ class MLP(nn.Module):
         num_classes: outputs of the classifier.
         input_shape: shape of one sample.
         hidden: width of each hidden layer.
+        dropout: after each hidden layer.
 
-    Taps: ``stage1`` ... are the hidden layers after their ReLU, ``(B, width)``.
+    Taps: ``stage1`` ... are the hidden layers after ReLU and dropout, ``(B, width)``.
     """
 
     def __init__(
@@ -27,12 +28,15 @@ class MLP(nn.Module):
         num_classes: PositiveInt,
         input_shape: Sequence[PositiveInt],
         hidden: Sequence[PositiveInt] = (256, 256),
+        dropout: ProperFraction = 0.0,
     ) -> None:
         super().__init__()
         self.layers = nn.Sequential()
         width = math.prod(input_shape)
         for hidden_width in hidden:
             layer = nn.Sequential(nn.Linear(width, hidden_width), nn.ReLU(inplace=True))
+            if dropout:
+                layer.append(nn.Dropout(dropout))
             self.layers.append(layer)
             width = hidden_width
         self.classifier = nn.Linear(width, num_classes)

@@ -108,10 +108,8 @@ class _Recorder:
         )
 
     def sample(self) -> dict[str, Tensor]:
-        """The arrays of two samples."""
-        batch = sample_batch(self.data, self.views)
-        batch.inputs = batch.inputs.to(self.dtype)
-        batch.views = {name: inputs.to(self.dtype) for name, inputs in batch.views.items()}
+        """The arrays of a few samples."""
+        batch = sample_batch(self.data, self.views, self.dtype)
         return encode_views(self.encoding, self.run(moved(batch, str(self.device))))
 
     def pieces(self, number: int) -> Pieces:

@@ -11,6 +11,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from kdrun.inputs import call_network
+from kdrun.losses.divergence import mean_over
 from kdrun.outputs import Batch, ModelOutput
 from kdrun.parameters import PositiveInt, ProperFraction
 from kdrun.tasks.task import Task
@@ -51,10 +52,19 @@ class Classification(Task):
         return ModelOutput(output if isinstance(output, Tensor) else output.logits)
 
     def supervised_loss(self, output: ModelOutput, batch: Batch) -> Tensor:
-        """Cross-entropy in fp32, mean over samples; targets are ids ``(B,)`` or soft ``(B, C)``."""
-        return functional.cross_entropy(
-            output.logits.float(), batch.target, label_smoothing=self.label_smoothing
+        """Cross-entropy in fp32, mean over the samples that count; targets are ids ``(B,)`` or soft
+        ``(B, C)``."""
+        logits = output.logits.float()
+        if batch.mask is None:
+            return functional.cross_entropy(
+                logits, batch.target, label_smoothing=self.label_smoothing
+            )
+        # What does not count may have no class at all.
+        target = torch.where(batch.mask, batch.target, 0)
+        losses = functional.cross_entropy(
+            logits, target, label_smoothing=self.label_smoothing, reduction="none"
         )
+        return mean_over(losses, batch.mask)
 
     def metrics(self) -> MetricCollection:
         """``accuracy`` and ``accuracy_top5`` in percent, ``loss`` in nats, ``ece`` in percent."""
@@ -70,14 +80,16 @@ class Classification(Task):
         return MetricCollection(metrics, compute_groups=False)
 
     def update_metrics(self, metrics: MetricCollection, output: ModelOutput, batch: Batch) -> None:
-        """Add one evaluated batch; targets are class ids ``(B,)``."""
-        logits = output.logits.float()
-        losses = functional.cross_entropy(logits, batch.target, reduction="none")
+        """Add the samples that count of one evaluated batch; targets are class ids ``(B,)``."""
+        logits, target = output.logits.float(), batch.target
+        if batch.mask is not None:
+            logits, target = logits[batch.mask], target[batch.mask]
+        losses = functional.cross_entropy(logits, target, reduction="none")
         metrics["loss"].update(losses)
-        metrics["accuracy"].update(logits, batch.target)
-        metrics["ece"].update(torch.softmax(logits, dim=-1), batch.target)
+        metrics["accuracy"].update(logits, target)
+        metrics["ece"].update(torch.softmax(logits, dim=-1), target)
         if "accuracy_top5" in metrics:
-            metrics["accuracy_top5"].update(logits, batch.target)
+            metrics["accuracy_top5"].update(logits, target)
 
     def compute(self, metrics: MetricCollection) -> dict[str, float]:
         """The values of the metrics, rates in percent."""
