@@ -19,6 +19,7 @@ from benchmarks.common import PAIRS
 from benchmarks.data import bench_data
 from benchmarks.epoch import bench_epoch
 from benchmarks.process import bench_process
+from benchmarks.reports import bench_reports
 from benchmarks.startup import bench_startup
 from benchmarks.step import bench_step
 
@@ -63,6 +64,11 @@ def main() -> None:
     process = commands.add_parser("process", help="a whole process over that of a plain script")
     process.add_argument("--rounds", type=int, default=7)
     process.set_defaults(run=lambda o: bench_process(o.rounds))
+
+    reports = commands.add_parser("reports", help="seconds to read and aggregate many runs")
+    reports.add_argument("--runs", type=int, default=10_000)
+    reports.add_argument("--rounds", type=int, default=5)
+    reports.set_defaults(run=lambda o: bench_reports(o.runs, o.rounds))
 
     options = parser.parse_args()
     options.run(options)
