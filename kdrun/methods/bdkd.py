@@ -134,7 +134,9 @@ class BDKD(Method):
     def __init__(
         self,
         *,
-        divergence: DivergenceName = "balanced",
+        divergence: Literal[
+            "none", "forward", "reverse", "both", "balanced", "continuous"
+        ] = "balanced",
         temperature: Positive = 1.0,
         high_weight: NonNegative = 2.0,
         low_weight: NonNegative = 1.0,

@@ -108,7 +108,7 @@ class OFA(Method):
         exponent: Positive | list[Positive] = 1.0,
         stages: list[PositiveInt] | None = None,
         temperature: Positive = 1.0,
-        variant: Variant = "code",
+        variant: Literal["code", "paper"] = "code",
         final_grid: PositiveInt = 7,
         weight: NonNegative = 1.0,
         exit_weight: NonNegative = 1.0,

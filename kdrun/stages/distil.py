@@ -26,6 +26,7 @@ from kdrun.stages.stage import Context, Stage
 from kdrun.stages.train import existing_file, initial_student, load_network
 from kdrun.stages.training import (
     architecture,
+    own_settings,
     train,
     trained_sources,
     training_key,
@@ -41,6 +42,15 @@ SMALLEST_AGREEMENT = 99.0
 
 class Distil(Stage):
     """Train the student by the method, from the same initial weights as the student alone."""
+
+    def check(self, config: Mapping[str, Any], data: DataModule) -> None:
+        """Refuse settings and checkpoints with which further networks cannot be trained."""
+        method = make_method(config["method"])
+        own_settings(config, method)
+        for source in trained_sources(method).values():
+            start = config.get(source, {}).get("checkpoint")
+            if start:
+                existing_file(start, f"{source}.checkpoint")
 
     def key(self, context: Context) -> dict[str, Any]:
         """Everything: this product belongs to one run."""

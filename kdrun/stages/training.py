@@ -91,8 +91,7 @@ def optimization_of(
         steps: optimiser steps in an epoch.
 
     Raises:
-        UserError: such a role has another number of epochs or batch size, though all networks see
-            the same batches.
+        UserError: see ``own_settings``.
     """
     options, epochs = context.config["trainer"], settings["epochs"]
 
@@ -102,16 +101,7 @@ def optimization_of(
             lambda optimizer: make_scheduler(settings["scheduler"], optimizer, epochs, steps),
         )
 
-    of_roles = {}
-    for role, source in trained_sources(method).items():
-        theirs = training_settings(context.config, source)
-        for name in ("epochs", "batch_size"):
-            if theirs[name] != settings[name]:
-                raise UserError(
-                    f"training.{source}.{name}={theirs[name]}: the {role} learns together with the "
-                    f"student, so it must be null or the student's {settings[name]}"
-                )
-        of_roles[role] = own(theirs)
+    of_roles = {role: own(theirs) for role, theirs in own_settings(context.config, method).items()}
     optimizer, scheduler = own(settings)
     return Optimization(
         optimizer=optimizer,
@@ -122,6 +112,25 @@ def optimization_of(
         nonfinite=settings["nonfinite"],
         of_roles=of_roles,
     )
+
+
+def own_settings(config: Mapping[str, Any], method: Method) -> dict[str, dict[str, Any]]:
+    """Training settings of the trained roles that are not built as the student is, by role.
+
+    Raises:
+        UserError: such a role has another number of epochs or batch size, though all networks see
+            the same batches.
+    """
+    ours, found = training_settings(config, STUDENT), {}
+    for role, source in trained_sources(method).items():
+        found[role] = training_settings(config, source)
+        for name in ("epochs", "batch_size"):
+            if found[role][name] != ours[name]:
+                raise UserError(
+                    f"training.{source}.{name}={found[role][name]}: the {role} learns together "
+                    f"with the student, so it must be null or the student's {ours[name]}"
+                )
+    return found
 
 
 def trained_sources(method: Method) -> dict[str, str]:

@@ -14,7 +14,7 @@ from kdrun.method import Method
 from kdrun.stages import distil
 from kdrun.stages.distil import Distil, assemble_run
 from kdrun.stages.training import optimization_of, training_settings
-from tests.tiny import identical, mlp
+from tests.tiny import identical, mlp, run
 
 ADAM = "training.teacher.optimizer={_target_:torch.optim.AdamW,lr:0.002}"
 COSINE = (
@@ -66,6 +66,13 @@ def test_it_sees_the_students_batches(make_context, entry: str) -> None:
     context = make_context(f"training.teacher.{entry}=32")
     with pytest.raises(UserError, match=rf"training\.teacher\.{entry}=32: the teacher learns tog"):
         optimization(context, Together())
+
+
+@pytest.mark.parametrize("word", ["training.teacher.epochs=9", "teacher.checkpoint=nowhere"])
+def test_what_cannot_be_trained_is_refused_before_any_stage(tmp_path, word: str) -> None:
+    with pytest.raises(UserError, match=word.replace(".", r"\.")):
+        run(tmp_path, "method=bdkd", word)
+    assert not list(tmp_path.rglob("*.safetensors")), "nothing was trained"
 
 
 def key(monkeypatch, make_context, method: Method, *words: str) -> dict:
