@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,8 @@ from kdrun.overrides import merge
 from kdrun.runs import differences
 
 MEMBERS, AT_ONCE = "members", "members_at_once"
+LARGEST_GROUP = 8
+"""Runs that are put side by side without being asked; of more, each gains little."""
 OWN = (
     *("seed", "data_seed", "student", "method", "training", "allow_packages", "logger"),
     *(MEMBERS, AT_ONCE),
@@ -37,6 +39,11 @@ class MemberRun:
     config: Config
 
 
+def member_run(label: str, words: Sequence[str], catalogue: Catalogue) -> MemberRun:
+    """The run that some words stand for, composed and checked."""
+    return MemberRun(label, tuple(words), compose(words, catalogue))
+
+
 def member_runs(
     words: Sequence[str], members: Sequence[str], catalogue: Catalogue
 ) -> list[MemberRun]:
@@ -55,7 +62,7 @@ def member_runs(
     for text in members:
         try:
             merged = merge([common, shlex.split(text)])
-            runs.append(MemberRun(text, tuple(merged), compose(merged, catalogue)))
+            runs.append(member_run(text, merged, catalogue))
         except ValueError as error:
             problems.setdefault(f"cannot be read: {error}", text)
         except ConfigErrors as error:
@@ -136,17 +143,3 @@ def group_of(config: Mapping[str, Any]) -> str:
     if config["data_seed"] is None or any(obstacles(config)):
         return ""
     return fingerprint(common_part(config) | {"data_seed": config["data_seed"]})
-
-
-def groups(items: Iterable[tuple[Any, str]], largest: int) -> Iterator[list[Any]]:
-    """Items with the same name in groups of up to ``largest``; those without one by themselves."""
-    waiting: dict[str, list[Any]] = {}
-    for item, name in items:
-        if not name:
-            yield [item]
-            continue
-        group = waiting.setdefault(name, [])
-        group.append(item)
-        if len(group) == largest:
-            yield waiting.pop(name)
-    yield from waiting.values()

@@ -96,6 +96,7 @@ def run_members(runs: Sequence[MemberRun], words: Sequence[str], flags: Sequence
     import_torchmetrics()
     from kdrun.side_by_side import check_methods, run_side_by_side
 
+    gc.enable()
     check_methods(runs)
     failed = []
     for run, ended in zip(runs, run_side_by_side(runs, flags), strict=True):
@@ -105,12 +106,37 @@ def run_members(runs: Sequence[MemberRun], words: Sequence[str], flags: Sequence
         if ended.error is not None:
             if not isinstance(ended.error, UserError):
                 traceback.print_exception(ended.error)
-            failed.append(f"{run.label}: {ended.error}")
-            failed.append(f"  kdrun {shlex.join([*flags, *run.words])}")
+            failed += [f"{run.label}: {ended.error}", f"  kdrun {shlex.join([*flags, *run.words])}"]
     if failed:
         counted = f"{len(failed) // 2} of {len(runs)} runs failed"
         raise UserError("\n".join([counted, *failed]), exit_code=1)
     return Outcome(0)
+
+
+def run_beside(runs: Sequence[MemberRun], flags: Sequence[str]) -> list[BaseException | None]:
+    """Run several configurations, side by side those whose methods allow it.
+
+    Args:
+        runs: whose options allow it (``kdrun.members.group_of``).
+        flags: flags that the command of each needs.
+
+    Returns:
+        What went wrong with each; None where nothing did.
+    """
+    from kdrun.startup import import_torchmetrics
+
+    import_torchmetrics()
+    from kdrun.side_by_side import reason_to_go_alone, run_side_by_side
+
+    gc.enable()
+    beside = [run for run in runs if reason_to_go_alone(run) is None]
+    groups = [beside, *([run] for run in runs if run not in beside)]
+    errors = {
+        run.label: ended.error
+        for group in filter(None, groups)
+        for run, ended in zip(group, run_side_by_side(group, flags), strict=True)
+    }
+    return [errors[run.label] for run in runs]
 
 
 @contextlib.contextmanager

@@ -75,22 +75,31 @@ def run_side_by_side(runs: Sequence[MemberRun], flags: Sequence[str]) -> list[En
 
 
 def _run_group(runs: Sequence[MemberRun], flags: Sequence[str]) -> list[Ended[Result]]:
+    if len(runs) == 1:
+        return [_run_alone(runs[0], flags)]
     # Every thread would keep freed memory for itself.
     use_one_arena()
     lockstep = Lockstep([run.label for run in runs])
     of_member = dict(zip(lockstep.members, runs, strict=True))
 
-    def work(member: Member) -> Result:
-        run = of_member[member]
-        return run_experiment(
-            run.config.values,
-            names=run.config.names,
-            overrides=run.words,
-            command=[*flags, *run.words],
-            member=member,
-        )
+    return lockstep.run(lambda member: _run(of_member[member], flags, member))
 
-    return lockstep.run(work)
+
+def _run_alone(run: MemberRun, flags: Sequence[str]) -> Ended[Result]:
+    try:
+        return Ended(result=_run(run, flags))
+    except (Exception, SystemExit) as error:
+        return Ended(error=error)
+
+
+def _run(run: MemberRun, flags: Sequence[str], member: Member | None = None) -> Result:
+    return run_experiment(
+        run.config.values,
+        names=run.config.names,
+        overrides=run.words,
+        command=[*flags, *run.words],
+        member=member,
+    )
 
 
 # -- memory ----------------------------------------------------------------------------------------

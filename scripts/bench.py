@@ -18,6 +18,7 @@ from benchmarks.cache import bench_cache
 from benchmarks.common import PAIRS
 from benchmarks.data import bench_data
 from benchmarks.epoch import bench_epoch
+from benchmarks.members import bench_members
 from benchmarks.process import bench_process
 from benchmarks.reports import bench_reports
 from benchmarks.startup import bench_startup
@@ -53,6 +54,12 @@ def main() -> None:
     cache.add_argument("--pair", choices=PAIRS, default="resnet20-resnet8")
     cache.add_argument("--rounds", type=int, default=15)
     cache.set_defaults(run=lambda o: bench_cache(o.pair, o.rounds))
+
+    members = commands.add_parser("members", help="students on one teacher pass over single runs")
+    members.add_argument("--pair", choices=PAIRS, default="resnet32x4-resnet8x4")
+    members.add_argument("--count", type=int, default=4, help="students")
+    members.add_argument("--rounds", type=int, default=7)
+    members.set_defaults(run=lambda o: bench_members(o.pair, o.count, o.rounds))
 
     epoch = commands.add_parser("epoch", help="an epoch of CIFAR-100 over that of a plain script")
     epoch.add_argument("--pair", choices=list(PAIRS)[1:], default="resnet20-resnet8")

@@ -15,6 +15,7 @@ from kdrun.catalogue import Catalogue
 from kdrun.config import Config, compose
 from kdrun.errors import ConfigErrors
 from kdrun.identity import fingerprint, run_directory
+from kdrun.members import AT_ONCE, LARGEST_GROUP, group_of
 from kdrun.overrides import merge
 from kdrun.table.config import Column, Row, Table
 
@@ -32,6 +33,8 @@ class Arm:
         directory: what holds the directories of its runs, ``seed<k>`` each.
         teacher: names what the teacher depends on; ``student``: what the student alone does.
         epochs: of each training, by the name of its stage.
+        group: equal for configurations whose runs may go side by side; empty: by itself.
+        at_once: so many at most.
     """
 
     row: str
@@ -41,6 +44,8 @@ class Arm:
     teacher: str
     student: str
     epochs: Mapping[str, int] = field(hash=False)
+    group: str = ""
+    at_once: int = 1
 
 
 @dataclass(frozen=True)
@@ -152,6 +157,8 @@ def arm_of(row: str, column: str, words: Sequence[str], config: Config) -> Arm:
         teacher=fingerprint(everywhere | {"network": values["teacher"], "training": for_teacher}),
         student=fingerprint(everywhere | {"network": values["student"], "training": settings}),
         epochs=epochs,
+        group=group_of(values),
+        at_once=values[AT_ONCE] or LARGEST_GROUP,
     )
 
 

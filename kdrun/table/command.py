@@ -21,7 +21,7 @@ from kdrun.table.progress import Board, State, epochs_left, last_error_line
 from kdrun.table.request import Request, read_request
 from kdrun.table.results import results_of_table
 from kdrun.table.views import Grid, Lines
-from kdrun.table.work import runner, work
+from kdrun.table.work import group_runner, runner, work
 from kdrun.table.workers import chosen_cells, start_workers
 
 
@@ -62,8 +62,14 @@ def main(words: Sequence[str], flags: Sequence[str], catalogue: Catalogue) -> in
         if request.launcher:
             start_workers(request, flags, catalogue)
         else:
-            run = runner(catalogue, flags)
-            work(cells, run, view, began=began, fail_fast=request.fail_fast)
+            work(
+                cells,
+                runner(catalogue, flags),
+                view,
+                began=began,
+                fail_fast=request.fail_fast,
+                run_group=group_runner(catalogue, flags),
+            )
     except (Interrupted, KeyboardInterrupt) as stop:
         view.close()
         print(summary(board, title, flags))

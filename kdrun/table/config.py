@@ -20,7 +20,15 @@ from kdrun.parameters import NonNegativeInt, PositiveInt, complaint
 Network = Literal["teacher", "alone", "distilled"]
 Direction = Literal["max", "min"]
 Epoch = Literal["last", "best"]
+DataOrder = Literal["shared", "independent"]
 Number = float | None
+
+ORDERS: dict[DataOrder, tuple[str, ...]] = {"shared": ("data_seed=0",), "independent": ()}
+"""Overrides of every run: all seeds see the data in one order, under one augmentation, and go side
+by side on one pass of the teacher; or each sees them in an order of its own."""
+
+ENTRIES = {"seed": "seeds", "protocol": "protocol", "data_seed": "data_order"}
+"""Options of a run that a table does not take as overrides, and the entries that say them."""
 
 
 # -- what the file says ----------------------------------------------------------------------------
@@ -36,6 +44,7 @@ class TableFile:
     metric: str
     direction: Direction
     epoch: Epoch = "last"
+    data_order: DataOrder = "independent"
     baseline: str
     source: str = ""
     columns: dict
@@ -207,7 +216,11 @@ class _Reader:
         return Table(
             name=name,
             description=text,
-            words=(f"protocol={file.protocol}", *self.words(file.run, "run")),
+            words=(
+                f"protocol={file.protocol}",
+                *ORDERS[file.data_order],
+                *self.words(file.run, "run"),
+            ),
             protocol=file.protocol,
             seeds=seeds,
             epoch=file.epoch,
@@ -302,10 +315,9 @@ class _Reader:
         for word in words:
             if "=" not in word:
                 self.wrong(place, f"{word}: '=' is missing; options are written key=value")
-            elif word.split("=")[0] in ("seed", "protocol"):
-                key = word.split("=")[0]
-                name = "seeds" if key == "seed" else key
-                self.wrong(place, f"{word}: is said by the table's entry {name}")
+            elif word.split("=")[0] in ENTRIES:
+                entry = ENTRIES[word.split("=")[0]]
+                self.wrong(place, f"{word}: is said by the table's entry {entry}")
         return words
 
     def names(self, given: Any, known: Sequence[str], place: str) -> None:

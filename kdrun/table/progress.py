@@ -44,6 +44,20 @@ def claim(cell: Cell) -> Iterator[bool]:
             lock.release()
 
 
+@contextlib.contextmanager
+def claim_beside(cell: Cell, others: Iterable[Cell]) -> Iterator[list[Cell]]:
+    """Take the runs that may go side by side with one that is claimed, as many as there may be."""
+    with contextlib.ExitStack() as stack:
+        taken: list[Cell] = []
+        for other in others:
+            if len(taken) + 1 >= cell.arm.at_once:
+                break
+            alike = other != cell and cell.arm.group and other.arm.group == cell.arm.group
+            if alike and stack.enter_context(claim(other)):
+                taken.append(other)
+        yield taken
+
+
 def state_of(cell: Cell) -> State:
     """How far a run is; an interrupted one that nobody works on is missing."""
     directory = cell.directory
@@ -153,7 +167,8 @@ class Board:
 
 def _seconds(cell: Cell) -> float:
     result = read_json(cell.directory / RESULT)
-    return float(result["seconds"])
+    # Of runs side by side each lasts as long as all of them.
+    return float(result["seconds"]) / result.get("side_by_side", 1)
 
 
 def epochs_left(cells: Iterable[Cell], states: Mapping[Cell, State]) -> dict[str, int]:

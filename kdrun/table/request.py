@@ -85,6 +85,8 @@ def read_request(words: Sequence[str]) -> Request:
             request.launcher.append(word)
         elif key == "seed":
             raise UserError(f"{word}: a table has several; write seeds=3 or seeds=[{value}]")
+        elif key == "data_seed":
+            raise UserError(f"{word}: is said by the entry data_order of the table's file")
         else:
             request.overrides.append(word)
     return request

@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 from kdrun.catalogue import Catalogue
 from kdrun.errors import Interrupted, UserError
 from kdrun.interruption import SignalWatch
+from kdrun.members import member_run
 from kdrun.redaction import redact
 from kdrun.table.cells import Cell
-from kdrun.table.progress import ERROR, FINISHED, claim, failed_since
+from kdrun.table.progress import ERROR, FINISHED, claim, claim_beside, failed_since
 from kdrun.table.views import LineSink, View
 
 POLL_SECONDS = 1.0
@@ -22,6 +23,9 @@ POLL_SECONDS = 1.0
 
 Run = Callable[[list[str]], None]
 """Does the run of some overrides; raises where it fails."""
+
+RunGroup = Callable[[Sequence[Cell]], list[BaseException | None]]
+"""Does several runs side by side; returns what went wrong with each, None where nothing did."""
 
 
 def work(
@@ -32,6 +36,7 @@ def work(
     began: float,
     fail_fast: bool = False,
     poll_seconds: float = POLL_SECONDS,
+    run_group: RunGroup | None = None,
 ) -> None:
     """Do every run that is neither done nor failed since ``began``, with whoever else is at it.
 
@@ -45,6 +50,7 @@ def work(
         began: when this work on the table began, seconds since 1970.
         fail_fast: stop at the first failure, also at one of another process.
         poll_seconds: see ``POLL_SECONDS``.
+        run_group: does runs side by side where cells say that theirs may; None: one by one.
 
     Raises:
         Interrupted: a signal stopped a run after it was saved.
@@ -63,41 +69,64 @@ def work(
             for cell in untried:
                 with claim(cell) as claimed:
                     if claimed:
-                        tried.add(cell)
-                        _attempt(cell, run, view, began)
+                        with claim_beside(cell, untried if run_group else ()) as others:
+                            tried |= {cell, *others}
+                            _attempt([cell, *others], run, run_group, view, began)
                         break
             else:
                 view.waiting(len(untried))
                 time.sleep(poll_seconds)
 
 
-def _attempt(cell: Cell, run: Run, view: View, began: float) -> None:
-    """Do a run that this process has claimed."""
-    # It may have ended between the look for work and the claim.
-    if (cell.directory / FINISHED).is_file() or failed_since(cell, began):
+def _attempt(
+    cells: Sequence[Cell], run: Run, run_group: RunGroup | None, view: View, began: float
+) -> None:
+    """Do runs that this process has claimed."""
+    # Some may have ended between the look for work and the claim.
+    cells = [
+        cell
+        for cell in cells
+        if not (cell.directory / FINISHED).is_file() and not failed_since(cell, began)
+    ]
+    if not cells:
         return
-    (cell.directory / ERROR).unlink(missing_ok=True)
-    view.started(cell)
+    for cell in cells:
+        (cell.directory / ERROR).unlink(missing_ok=True)
+        view.started(cell)
     start = time.monotonic()
-    error = _run_and_record(cell, run, view)
-    view.finished(cell, time.monotonic() - start, error)
-
-
-def _run_and_record(cell: Cell, run: Run, view: View) -> str:
-    """Do a run; leaves ``error.txt`` where it fails, and returns its last line."""
-    sink = LineSink(lambda line: view.said(cell, line))
+    sink = LineSink(lambda line: view.said(cells[0], line))
     try:
         with contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
-            run(cell.words)
-        return ""
-    except Interrupted:
-        raise
-    except UserError as error:
-        text = str(error)
-    except (Exception, SystemExit):
-        text = traceback.format_exc()
+            if run_group is None or len(cells) == 1:
+                errors = [_run_one(run, cells[0])]
+            else:
+                errors = run_group(cells)
     finally:
         _release_memory()
+    seconds = time.monotonic() - start
+    interrupted = [error for error in errors if isinstance(error, Interrupted)]
+    for cell, error in zip(cells, errors, strict=True):
+        if error not in interrupted:
+            view.finished(cell, seconds, _recorded(cell, error))
+    if interrupted:
+        raise interrupted[0]
+
+
+def _run_one(run: Run, cell: Cell) -> BaseException | None:
+    try:
+        run(cell.words)
+    except (Exception, SystemExit) as error:
+        return error
+    return None
+
+
+def _recorded(cell: Cell, error: BaseException | None) -> str:
+    """Leave ``error.txt`` where a run has failed; returns its last line, or nothing."""
+    if error is None:
+        return ""
+    text = str(error)
+    if not isinstance(error, UserError):
+        text = "".join(traceback.format_exception(error))
     cell.directory.mkdir(parents=True, exist_ok=True)
     (cell.directory / ERROR).write_text(redact(text.rstrip()) + "\n", encoding="utf-8")
     return text.rstrip().splitlines()[-1]
@@ -124,3 +153,15 @@ def runner(catalogue: Catalogue, flags: Sequence[str]) -> Run:
             raise UserError(f"its processes ended with exit status {exit_code}; see log.txt")
 
     return run
+
+
+def group_runner(catalogue: Catalogue, flags: Sequence[str]) -> RunGroup:
+    """What does several runs side by side in this process."""
+
+    def run_group(cells: Sequence[Cell]) -> list[BaseException | None]:
+        from kdrun.run import run_beside
+
+        runs = [member_run(str(cell), cell.words, catalogue) for cell in cells]
+        return run_beside(runs, flags)
+
+    return run_group

@@ -16,7 +16,7 @@ from kdrun.table.cells import Cell, cells_of
 from kdrun.table.progress import Board
 from kdrun.table.request import Request, chosen_arms, chosen_table
 from kdrun.table.views import Lines
-from kdrun.table.work import runner, work
+from kdrun.table.work import group_runner, runner, work
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,15 @@ class Worker:
         catalogue = open_catalogue(self.directories)
         cells = chosen_cells(self.request, catalogue)
         view = Lines(Board(cells), sys.stdout)
-        run = runner(catalogue, self.flags)
         try:
-            work(cells, run, view, began=self.began, fail_fast=self.request.fail_fast)
+            work(
+                cells,
+                runner(catalogue, self.flags),
+                view,
+                began=self.began,
+                fail_fast=self.request.fail_fast,
+                run_group=group_runner(catalogue, self.flags),
+            )
         except Interrupted:
             raise KeyboardInterrupt from None
         return 0.0
