@@ -17,7 +17,7 @@ from kdrun.errors import UserError
 from kdrun.layers.taps import Taps, attach
 from kdrun.method import Method
 from kdrun.models import build_model
-from kdrun.outputs import Batch, ModelOutput
+from kdrun.outputs import Batch, HeadLogits, ModelOutput
 from kdrun.tasks.task import Task
 
 STUDENT = "student"
@@ -107,6 +107,10 @@ def assemble(
         for role, network in networks.items()
     }
     _check_widths(outputs, data)
+    if isinstance(outputs[STUDENT].logits, HeadLogits) and not method.lazy_logits:
+        raise UserError(
+            f"{type(method).__name__} reads all logits at once; set task.chunk=null for it"
+        )
     others = {role: output for role, output in outputs.items() if role != STUDENT}
     try:
         method.setup(outputs[STUDENT], others)

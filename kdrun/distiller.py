@@ -118,6 +118,8 @@ class Distiller(LightningModule):
         }
         self._stand_ins = dict(stand_ins or {})
         self._others = [*(role for role in self._cast if role != STUDENT), *self._stand_ins]
+        if method.offline:
+            self._others = [role for role in self._others if role in trained]
         self._views = method.views
         # Read by DistributedDataParallel. A method keeps its memories alike on all ranks itself;
         # sending them at every forward would cost more than the step.

@@ -93,6 +93,10 @@ class Method(nn.Module):
             ``batch.unlabelled``, and the engine hands over ``output.unlabelled``.
         joint: labelled and unlabelled samples are run as one batch, not one after the other.
         zero_at_equality: all distillation terms vanish when student and teacher agree.
+        offline: the teacher's knowledge is in the data that an earlier stage made; it is not run in
+            the steps, and ``losses`` is given no output of it.
+        lazy_logits: logits are read by losses that can compute them piece by piece
+            (``kdrun.outputs.HeadLogits``), where the task hands them over so.
         detached: the student's own outputs are held constant in parts of the loss, so that its
             gradient is that of no single function.
         irregular: the method takes its own optimiser steps in ``step``.
@@ -107,6 +111,8 @@ class Method(nn.Module):
     unlabelled: bool = False
     joint: bool = False
     zero_at_equality: ClassVar[bool] = False
+    offline: ClassVar[bool] = False
+    lazy_logits: ClassVar[bool] = False
     detached: ClassVar[bool] = False
     irregular: ClassVar[bool] = False
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
+from torch.nn import functional
 
 
 @dataclass(slots=True)
@@ -72,12 +73,42 @@ def next_token_batch(tokens: Tensor, counted: Tensor | None, index: Tensor) -> B
     return Batch(tokens[:, :-1], tokens[:, 1:], index, mask)
 
 
+@dataclass(frozen=True, slots=True)
+class HeadLogits:
+    """Logits that have not been computed: the input of a network's last layer, and that layer.
+
+    A task may hand these over where classes are so many that the logits would not fit; methods that
+    declare ``lazy_logits`` then compute them a few positions at a time.
+
+    Attributes:
+        hidden: ``(..., D)``.
+        weight: ``(C, D)``.
+        bias: ``(C,)``, or None.
+        chunk: positions whose logits may exist at once.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    chunk: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the logits."""
+        return (*self.hidden.shape[:-1], self.weight.shape[0])
+
+    def dense(self) -> Tensor:
+        """All logits ``(..., C)``."""
+        return functional.linear(self.hidden, self.weight, self.bias)
+
+
 @dataclass(slots=True)
 class ModelOutput:
     """What one network says of one batch.
 
     Attributes:
         logits: ``(B, C)``, or ``(B, ..., C)`` for dense tasks and sequences: classes come last.
+            ``HeadLogits`` only where the method says that it can.
         features: tapped activations by tap name (``stage1``, ``penultimate``, ...).
         extra: anything else the network returns, by name.
         views: the network's output on each further view of the batch, by the view's name.

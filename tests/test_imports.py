@@ -74,7 +74,7 @@ KNOWS = {
     "methods": {"methods", "method", "losses", "layers", "selection", "outputs", "parameters"},
     "selection": {"selection"},
     "method": {"outputs", "parameters"},
-    "losses": {"losses"},
+    "losses": {"losses", "outputs"},
     "layers": {"layers", "inputs", "outputs"},
     "inputs": set(),
     "outputs": set(),

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,17 +19,36 @@ from torch import Tensor
 Divergence = Callable[[Tensor, Tensor], Tensor]
 """Log-probabilities of student and teacher ``(..., C)`` to one value per position ``(...)``."""
 
-Name = Literal[
-    "forward_kl",
-    "reverse_kl",
-    "symmetric_kl",
-    "jsd",
-    "tvd",
-    "skew_forward_kl",
-    "skew_reverse_kl",
-    "adaptive_kl",
-    "alpha_beta",
-]
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The numbers that some divergences have; see the functions for what they mean."""
+
+    beta: float = 0.5
+    skew: float = 0.1
+    share: float = 0.9
+    head_mass: float = 0.5
+    alpha: float = 0.2
+    alpha_beta: float = 0.7
+
+
+def chosen(name: str, options: Options) -> Divergence:
+    """The divergence of a name, with its numbers.
+
+    Raises:
+        KeyError: there is none of that name.
+    """
+    return {
+        "forward_kl": forward_kl,
+        "reverse_kl": reverse_kl,
+        "symmetric_kl": partial(symmetric_kl, share=options.share),
+        "jsd": partial(jensen_shannon, beta=options.beta),
+        "tvd": total_variation,
+        "skew_forward_kl": partial(skew_forward_kl, skew=options.skew),
+        "skew_reverse_kl": partial(skew_reverse_kl, skew=options.skew),
+        "adaptive_kl": partial(adaptive_kl, head_mass=options.head_mass),
+        "alpha_beta": partial(alpha_beta, alpha=options.alpha, beta=options.alpha_beta),
+    }[name]
 
 
 def forward_kl(log_q: Tensor, log_p: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ still during validation, and ranks agree on it: J is averaged over them first.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Literal
 
 import torch
@@ -36,7 +37,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdrun.losses import distributed
-from kdrun.losses.divergence import mean_over
+from kdrun.losses.chunked import mean_over_positions
 from kdrun.losses.precision import full_precision
 from kdrun.method import Method
 from kdrun.outputs import Batch, ModelOutput, Progress
@@ -53,30 +54,27 @@ def interpolated(student: Tensor, teacher: Tensor, t: Tensor) -> Tensor:
 
 
 @full_precision
-def interpolated_cross_entropy(
-    student: Tensor, teacher: Tensor, t: Tensor, *, mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def interpolated_cross_entropy(student: Tensor, teacher: Tensor, t: Tensor) -> Tensor:
     """Cross-entropy of the student under the interpolated target, and the entropy of the target.
 
     Their difference is the KL divergence that the paper writes. The gradient with respect to the
-    student's logits is ``(q - p_t) / positions``. A class that the student rules out (a logit of
+    student's logits is ``q - p_t`` at each position. A class that the student rules out (a logit of
     plus or minus infinity) adds nothing.
 
     Args:
         student: logits ``(..., C)``.
         teacher: logits ``(..., C)``.
         t: share of the teacher, a scalar.
-        mask: ``(...)``, true at the positions that count.
 
     Returns:
-        Two means over positions, in nats; the second has no gradient.
+        ``(..., 2)``: the two of each position, in nats; the second has no gradient.
     """
     log_p = F.log_softmax(interpolated(student, teacher, t), dim=-1)
     log_q = F.log_softmax(student, dim=-1).masked_fill(student.isinf(), 0)
     p = log_p.exp()
     cross_entropy = -(p * log_q).sum(dim=-1)
     entropy = -(p * log_p.masked_fill(p == 0, 0)).sum(dim=-1)
-    return mean_over(cross_entropy, mask), mean_over(entropy, mask)
+    return torch.stack([cross_entropy, entropy], dim=-1)
 
 
 class TAID(Method):
@@ -94,6 +92,7 @@ class TAID(Method):
 
     tasks = ("classification", "language_modelling")
     detached = True
+    lazy_logits = True
 
     def __init__(
         self,
@@ -126,14 +125,17 @@ class TAID(Method):
         progress: Progress,
     ) -> dict[str, Tensor]:
         """The distillation term and, unless its weight is 0, the supervised loss."""
-        cross_entropy, target_entropy = interpolated_cross_entropy(
-            student.logits, teachers["teacher"].logits, self.t, mask=batch.mask
+        cross_entropy, target_entropy = mean_over_positions(
+            partial(interpolated_cross_entropy, t=self.t.clone()),
+            student.logits,
+            teachers["teacher"].logits,
+            mask=batch.mask,
         )
         line = self.line(progress)
         self.record("taid_t", self.t)
         self.record("taid_line", torch.full_like(self.t, line))
         self.record("taid_adaptive", (self.t > line + 1e-9).to(self.t))
-        self.record("taid_kl", cross_entropy.detach() - target_entropy)
+        self.record("taid_kl", cross_entropy - target_entropy)
         if self.training:
             kl = cross_entropy - target_entropy
             self.advance(kl if self.progress_signal == "kl" else cross_entropy, progress)

@@ -28,6 +28,7 @@ class Supervised(Method):
     """No distillation: the task's own loss."""
 
     tasks: ClassVar[tuple[str, ...]] = ()
+    lazy_logits: ClassVar[bool] = True
 
     def roles(self) -> Mapping[str, str]:
         """No network but the student."""

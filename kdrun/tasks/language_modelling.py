@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import ClassVar, Literal
+from weakref import WeakSet
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from torchmetrics import MeanMetric, MetricCollection
 
 from kdrun.inputs import call_network
-from kdrun.outputs import Batch, ModelOutput
+from kdrun.outputs import Batch, HeadLogits, ModelOutput
 from kdrun.parameters import Positive, PositiveInt, ProperFraction
 from kdrun.tasks.task import Task
 
@@ -25,6 +30,8 @@ class LanguageModelling(Task):
         num_classes: size of the vocabulary, from the data set.
         label_smoothing: mass of the target that is spread over the vocabulary.
         bytes_per_token: of the text, from the data set; null: no bits per byte.
+        chunk: positions whose logits exist at once, for large vocabularies: networks (of
+            transformers) then hand over the input of their last layer. Null: all of them.
     """
 
     name: ClassVar[str] = "language_modelling"
@@ -37,10 +44,13 @@ class LanguageModelling(Task):
         num_classes: PositiveInt,
         label_smoothing: ProperFraction = 0.0,
         bytes_per_token: Positive | None = None,
+        chunk: PositiveInt | None = None,
     ) -> None:
         self.num_classes = num_classes
         self.label_smoothing = label_smoothing
         self.bytes_per_token = bytes_per_token
+        self.chunk = chunk
+        self._compared: WeakSet[nn.Module] = WeakSet()
 
     def forward(self, network: nn.Module, batch: Batch) -> ModelOutput:
         """Logits ``(B, L, C)`` over the data set's vocabulary.
@@ -48,18 +58,41 @@ class LanguageModelling(Task):
         Networks often have a few more rows than the tokenizer has tokens, for speed; their logits
         are cut, since no text can ask for them.
         """
+        if self.chunk is not None:
+            return ModelOutput(self._head_logits(network, batch, self.chunk))
         output = call_network(network, batch.inputs)
         if isinstance(output, ModelOutput):
             return output
         logits = output if isinstance(output, Tensor) else output.logits
         return ModelOutput(logits[..., : self.num_classes])
 
+    def _head_logits(self, network: nn.Module, batch: Batch, chunk: int) -> HeadLogits:
+        """The input of the last layer, and that layer.
+
+        Raises:
+            ValueError: the network does more to its logits than that layer (caps or scales them).
+        """
+        head = network.get_output_embeddings()
+        bias = None if head.bias is None else head.bias[: self.num_classes]
+        hidden = network.base_model(batch.inputs).last_hidden_state
+        if network not in self._compared:
+            with torch.no_grad():
+                few = batch.inputs[:1, :2]
+                mine = head(network.base_model(few).last_hidden_state)
+                same = torch.allclose(mine, network(few).logits, rtol=1e-3, atol=1e-4)
+            if not same:
+                raise ValueError("its logits are not its last layer's alone; set task.chunk=null")
+            self._compared.add(network)
+        return HeadLogits(hidden, head.weight[: self.num_classes], bias, chunk)
+
     def supervised_loss(self, output: ModelOutput, batch: Batch) -> Tensor:
         """Cross-entropy in fp32, mean over the tokens that count; zero where none does."""
-        losses = self._losses(output, batch, self.label_smoothing)
+        parts = self._parts(output, batch)
+        losses = torch.cat([self._cross_entropy(*part, self.label_smoothing) for part in parts])
         if batch.mask is None:
             return losses.mean()
-        return (losses * batch.mask).sum() / batch.mask.sum().clamp(min=1)
+        counted = batch.mask.flatten()
+        return (losses * counted).sum() / counted.sum().clamp(min=1)
 
     def metrics(self) -> MetricCollection:
         """``loss`` in nats per token and ``accuracy`` in percent; the others follow from them."""
@@ -68,11 +101,15 @@ class LanguageModelling(Task):
 
     def update_metrics(self, metrics: MetricCollection, output: ModelOutput, batch: Batch) -> None:
         """Add one evaluated batch; every token that counts weighs the same."""
-        losses = self._losses(output, batch, smoothing=0.0)
-        hits = (output.logits.argmax(-1) == batch.target).to(losses.dtype)
-        weight = losses.new_ones(losses.shape) if batch.mask is None else batch.mask.to(losses)
-        metrics["loss"].update(losses, weight)
-        metrics["accuracy"].update(hits, weight)
+        losses, hits = [], []
+        for logits, target in self._parts(output, batch):
+            dense = logits.dense() if isinstance(logits, HeadLogits) else logits
+            losses.append(self._cross_entropy(dense, target, smoothing=0.0))
+            hits.append((dense.argmax(-1) == target).to(losses[-1].dtype))
+        loss, hit = torch.cat(losses), torch.cat(hits)
+        weight = torch.ones_like(loss) if batch.mask is None else batch.mask.flatten().to(loss)
+        metrics["loss"].update(loss, weight)
+        metrics["accuracy"].update(hit, weight)
 
     def compute(self, metrics: MetricCollection) -> dict[str, float]:
         """``loss``, ``perplexity``, ``accuracy`` in percent, and ``bits_per_byte``."""
@@ -88,11 +125,30 @@ class LanguageModelling(Task):
         """Every token equally likely: ln C nats; one that has learned anything is well below."""
         return math.log(self.num_classes), 0.1 * math.log(self.num_classes)
 
-    def _losses(self, output: ModelOutput, batch: Batch, smoothing: float) -> Tensor:
-        """Cross-entropy of each position, ``(B, L)``."""
+    def _parts(self, output: ModelOutput, batch: Batch) -> Iterator[tuple[Logits, Tensor]]:
+        """Logits ``(N, C)`` and targets ``(N,)`` of as many positions as may exist at once."""
+        logits, target = output.logits, batch.target.flatten()
+        if isinstance(logits, Tensor):
+            yield logits.flatten(0, 1), target
+            return
+        hidden = logits.hidden.flatten(0, 1)
+        for first in range(0, len(target), logits.chunk):
+            rows = slice(first, first + logits.chunk)
+            yield replace(logits, hidden=hidden[rows]), target[rows]
+
+    def _cross_entropy(self, logits: Logits, target: Tensor, smoothing: float) -> Tensor:
+        """Of each position, ``(N,)``; logits that do not exist yet are made again for backward."""
+        if isinstance(logits, HeadLogits):
+            return checkpoint(_of_head, logits, target, smoothing, use_reentrant=False)
         return functional.cross_entropy(
-            output.logits.float().transpose(1, 2),
-            batch.target,
-            reduction="none",
-            label_smoothing=smoothing,
+            logits.float(), target, reduction="none", label_smoothing=smoothing
         )
+
+
+Logits = Tensor | HeadLogits
+
+
+def _of_head(logits: HeadLogits, target: Tensor, smoothing: float) -> Tensor:
+    return functional.cross_entropy(
+        logits.dense().float(), target, reduction="none", label_smoothing=smoothing
+    )

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
+from kdrun.losses.chunked import mean_over_positions
 from kdrun.methods.taid import TAID, interpolated, interpolated_cross_entropy
 from kdrun.outputs import Batch, ModelOutput, Progress
 from tests.methods.training import agreement, train
@@ -16,7 +19,8 @@ def share(t: float) -> torch.Tensor:
 
 
 def loss_and_kl(t: float, student: torch.Tensor = STUDENT, **options):
-    cross_entropy, entropy = interpolated_cross_entropy(student, TEACHER, share(t), **options)
+    per_position = partial(interpolated_cross_entropy, t=share(t))
+    cross_entropy, entropy = mean_over_positions(per_position, student, TEACHER, **options)
     return cross_entropy, cross_entropy - entropy
 
 
@@ -74,9 +78,8 @@ def test_masked_positions_change_nothing_and_get_no_gradient() -> None:
 
 def test_a_class_that_the_student_rules_out_adds_nothing() -> None:
     student = torch.tensor([[1.0, 0.0, -torch.inf]], requires_grad=True)
-    loss, _ = interpolated_cross_entropy(
-        student, torch.tensor([[1.0, 1.0, 0.0]]), torch.tensor(0.5)
-    )
+    values = interpolated_cross_entropy(student, torch.tensor([[1.0, 1.0, 0.0]]), torch.tensor(0.5))
+    loss = values[0, 0]
     loss.backward()
     assert loss.isfinite() and student.grad.isfinite().all()
 

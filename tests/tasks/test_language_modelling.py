@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from kdrun.models.language import hf_lm
 from kdrun.outputs import Batch, ModelOutput
 from kdrun.tasks.language_modelling import LanguageModelling
 
@@ -73,3 +74,43 @@ def test_spare_rows_of_a_vocabulary_are_cut() -> None:
 def test_guessing_is_told_from_knowing() -> None:
     guess, margin = LanguageModelling(num_classes=100).chance()
     assert guess == pytest.approx(math.log(100)) and 0 < margin < guess
+
+
+# -- large vocabularies ---------------------------------------------------------------------------
+
+
+def tiny_network(**options):
+    sizes = {"n_embd": 8, "n_layer": 1, "n_head": 2, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+    options = {"model_type": "gpt2", "attn_pdrop": 0.0} | sizes | options
+    return hf_lm(num_classes=WORDS + 2, input_shape=[4], options=options)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_chunk_of_logits_at_a_time_is_the_same_training(masked: bool) -> None:
+    torch.manual_seed(0)
+    network = tiny_network()
+    mask = torch.rand(3, 4) > 0.4 if masked else None
+    batch = batch_of(mask=mask)
+    found = {}
+    for chunk in (None, 5):
+        task = LanguageModelling(num_classes=WORDS, chunk=chunk)
+        output = task.forward(network, batch)
+        assert tuple(output.logits.shape) == (3, 4, WORDS)
+        loss = task.supervised_loss(output, batch)
+        network.zero_grad()
+        loss.backward()
+        gradients = [parameter.grad.clone() for parameter in network.parameters()]
+        metrics = task.metrics()
+        task.update_metrics(metrics, output, batch)
+        found[chunk] = (loss, gradients, task.compute(metrics))
+    torch.testing.assert_close(found[5][0], found[None][0])
+    torch.testing.assert_close(found[5][1], found[None][1])
+    assert found[5][2] == pytest.approx(found[None][2], rel=1e-5)
+
+
+def test_a_network_that_does_more_to_its_logits_is_refused() -> None:
+    network = tiny_network()
+    whole = network.forward
+    network.forward = lambda tokens: SimpleNamespace(logits=torch.tanh(whole(tokens).logits) + 1)
+    with pytest.raises(ValueError, match="its logits are not its last layer's alone"):
+        LanguageModelling(num_classes=WORDS, chunk=5).forward(network, batch_of())
