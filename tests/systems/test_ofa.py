@@ -129,7 +129,7 @@ STAND_INS = {
     ),
     "a Swin learns from a ConvNeXt on mixed images": (
         *("dataset=cifar100_224_mixed", "student=swin_pico", "teacher=timm/convnext_atto"),
-        "student.options={embed_dim:8,depths:[1,1,1,1],num_heads:[2,2,2,2],window_size:2}",
+        "student.options={embed_dim:8,depths:[1,1,1,1],num_heads:[2,2,2,2]}",
         "method.final_grid=2",
     ),
 }
