@@ -59,6 +59,12 @@ class Command:
             words = words[2:]
         return bool(words) and ("=" in words[0] or words[0] == "-m")
 
+    @property
+    def trains(self) -> bool:
+        """Whether networks are trained: by a run, or by all runs of a table."""
+        table = "table" in self.words and "--dry-run" not in self.words
+        return self.is_run or (table and self.words[-1] != "table")
+
 
 @dataclass(frozen=True)
 class Block:
@@ -96,7 +102,7 @@ class Block:
     @property
     def trains(self) -> bool:
         """Whether testing the block trains networks, which takes more than a few seconds."""
-        return self.kind in ("", "add") and any(command.is_run for command in self.commands)
+        return self.kind in ("", "add") and any(command.trains for command in self.commands)
 
     def __str__(self) -> str:
         return f"{self.document.name}:{self.line}"
@@ -118,8 +124,8 @@ def blocks(document: Path) -> Iterator[Block]:
 
 
 def shortened(command: Command, words: str) -> str:
-    """A run with further words, in place of those with the same key; other commands unchanged."""
-    if not command.is_run:
+    """A run or table with further words, in place of those with the same key; others unchanged."""
+    if not command.trains:
         return command.text
     added = shlex.split(words)
     keys = {word.partition("=")[0] for word in added}

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from kdrun.catalogue import open_catalogue
+from kdrun.cli import run as kdrun
 from kdrun.config import compose
 from kdrun.table.cells import arm_of, layers, merge, plan
 from kdrun.table.config import Table, open_table
 
 CATALOGUE = open_catalogue()
 NAMES = CATALOGUE.choices("table")
+
+
+PLAIN = {
+    "method=kd",
+    "method.mode=glnn",  # node by node, on graphs
+    "method.divergence=forward_kl",  # token by token
+    "method.strategy=random",  # labels bought at random
+}
+"""What the baseline of a table is: plain distillation."""
+
+LABELS_ALONE = ("pcoreset",)
+"""Tables with a column for students that learn from labels alone, in place of such a row."""
 
 
 def composed(table: Table, row: str, column: str, profile: str | None = None) -> dict:
@@ -44,8 +59,9 @@ def test_every_cell_is_valid(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_teacher_student_and_plain_distillation_are_always_there(name: str) -> None:
     table = open_table(name, CATALOGUE)
-    assert {row.network for row in table.rows} >= {"teacher", "alone"}
-    assert "method=kd" in table.row(table.baseline).words
+    networks = {"teacher"} if name in LABELS_ALONE else {"teacher", "alone"}
+    assert {row.network for row in table.rows} >= networks
+    assert PLAIN & set(table.row(table.baseline).words)
     assert "smoke" in table.profiles
     assert all(row.source for row in table.rows if row.published)
 
@@ -141,3 +157,38 @@ def test_a_metric_of_the_same_runs_costs_nothing() -> None:
     imagenet = open_table("imagenet", CATALOGUE)
     one, five = (composed(imagenet, "DKD", f"R50-MV1{end}") for end in ("", " top-5"))
     assert one == five
+
+
+def test_the_64_students_have_their_published_accuracies() -> None:
+    diswot = open_table("diswot", CATALOGUE)
+    alone, distilled = (diswot.row(row).published for row in ("Student alone", "KD"))
+    assert len(alone) == len(distilled) == 64
+    assert (alone["557"], distilled["557"]) == (71.93, 74.86)
+    assert max(distilled, key=distilled.__getitem__) == "557"
+    assert max(alone, key=alone.__getitem__) == "777"
+    blocks = composed(diswot, "KD", "357")["student"]["blocks"]
+    assert blocks == [3, 5, 7]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "part", "runs"),
+    [
+        ("digits", ["seeds=1"], 6),
+        ("taid", ["rows=KL,TAID", "columns=GPT-2 mini-nano", "seeds=1"], 2),
+        ("pcoreset", ["rows=Random,PCoreSet"], 4),
+    ],
+)
+def test_tables_that_need_no_download_run_shrunken(
+    name: str, part: list[str], runs: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["table", name, "profile=smoke", *part, "trainer=cpu", f"output_dir={tmp_path}"]
+    assert kdrun(words) == 0, capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"{runs} runs, {runs} done" in told
+    assert "profile=smoke: shrunken runs" in told
+    folder = tmp_path / "tables" / f"{name}-smoke"
+    written = {path.name for path in folder.iterdir()}
+    assert written >= {"table.txt", "table.md", "table.csv", "table.tex", "table.json"}
+    for path in folder.iterdir():
+        assert "smoke" in path.read_text(), f"{path.name} is not labelled"
