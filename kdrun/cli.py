@@ -219,13 +219,20 @@ def _validate(line: CommandLine) -> int:
         return 0
     from kdrun.build import allowing
     from kdrun.config import compose
+    from kdrun.members import MEMBERS, member_runs
 
     config = compose(line.words, line.catalogue())
+    runs = member_runs(line.words, config.values[MEMBERS], line.catalogue())
+    from kdrun.side_by_side import check_methods
     from kdrun.validation import check
 
-    with allowing(config.values["allow_packages"]):
-        for fact in check(config.values, config.names):
-            print(fact)
+    check_methods(runs)
+    for label, each in [(run.label, run.config) for run in runs] or [("", config)]:
+        if label:
+            print(f"{label}:")
+        with allowing(each.values["allow_packages"]):
+            for fact in check(each.values, each.names):
+                print(fact)
     print("valid")
     return 0
 

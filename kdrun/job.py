@@ -15,6 +15,7 @@ from kdrun.errors import Interrupted, UserError
 from kdrun.files import parse_json, write_json
 from kdrun.pruning import Pruned, judged_by
 from kdrun.search import Search
+from kdrun.sweep_groups import Groups
 
 
 @dataclass
@@ -62,6 +63,7 @@ class Job:
         fail_fast: end the sweep with the first failure.
         search: the study that the runs are trials of; its sweeper is told of failures. Without one
             they are only recorded, so that nothing keeps the other runs from starting.
+        groups: does runs side by side where it can; None where each may be in another process.
     """
 
     flags: tuple[str, ...]
@@ -69,6 +71,7 @@ class Job:
     records: str
     fail_fast: bool
     search: Search | None = None
+    groups: Groups | None = None
 
     def __call__(self, config: Any) -> float | tuple[float, ...]:
         """Run the overrides that Hydra chose; returns the objective, or several of a search.
@@ -120,7 +123,8 @@ class Job:
         from kdrun.catalogue import open_catalogue
         from kdrun.run import run
 
-        outcome = run(record.words, self.flags, open_catalogue(self.directories))
+        run_words = run if self.groups is None else self.groups.run
+        outcome = run_words(record.words, self.flags, open_catalogue(self.directories))
         if outcome.exit_code in (130, 143):
             raise KeyboardInterrupt
         if outcome.exit_code != 0:

@@ -31,7 +31,8 @@ class Console:
         mode: ``line`` refreshes one progress line, ``plain`` writes no control characters, ``off``
             prints nothing, ``auto`` is ``line`` on a terminal and ``plain`` elsewhere.
         stream: where to print; standard output.
-        label: stands before what is printed, to tell runs apart that print side by side.
+        label: stands before what is printed, to tell runs apart that print side by side; they have
+            no refreshed line.
     """
 
     def __init__(self, mode: Mode = "auto", stream: TextIO | None = None, label: str = "") -> None:
@@ -39,6 +40,8 @@ class Console:
         self.stream = stream or sys.stdout
         if mode == "auto":
             mode = "line" if self.stream.isatty() else "plain"
+        if label and mode == "line":
+            mode = "plain"
         self.mode = mode if distributed.rank() == 0 else "off"
         self.file: Path | None = None
         self._shown = 0
@@ -48,15 +51,14 @@ class Console:
         self.clear()
         text = redact(text)
         if self.mode != "off":
-            lines = text.splitlines() or [""]
-            print(*(self.label + line for line in lines), sep="\n", file=self.stream, flush=True)
+            lines = (self.label + line for line in text.split("\n"))
+            print(*lines, sep="\n", file=self.stream, flush=True)
         if self.file is not None and distributed.rank() == 0:
             with self.file.open("a", encoding="utf-8") as file:
                 file.write(text + "\n")
 
     def show(self, text: str) -> None:
         """Show ``text`` as the refreshed progress line; terminals only."""
-        text = self.label + text
         self.stream.write("\r" + text.ljust(self._shown))
         self.stream.flush()
         self._shown = len(text)

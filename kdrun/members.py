@@ -70,7 +70,7 @@ def member_runs(
                 problems.setdefault(problem, text)
     if problems:
         raise ConfigErrors([f"members, {text}: {problem}" for problem, text in problems.items()])
-    found = list(dict.fromkeys(refusals(runs)))
+    found = list(refusals(runs)) if runs else []
     if found:
         raise ConfigErrors(found)
     return runs

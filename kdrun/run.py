@@ -113,15 +113,15 @@ def run_members(runs: Sequence[MemberRun], words: Sequence[str], flags: Sequence
     return Outcome(0)
 
 
-def run_beside(runs: Sequence[MemberRun], flags: Sequence[str]) -> list[BaseException | None]:
+def run_beside(runs: Sequence[MemberRun], flags: Sequence[str]) -> list[Outcome | BaseException]:
     """Run several configurations, side by side those whose methods allow it.
 
     Args:
-        runs: whose options allow it (``kdrun.members.group_of``).
+        runs: whose options allow it (``kdrun.members.group_of``); with labels of their own.
         flags: flags that the command of each needs.
 
     Returns:
-        What went wrong with each; None where nothing did.
+        How each ended; what went wrong where something did.
     """
     from kdrun.startup import import_torchmetrics
 
@@ -131,12 +131,15 @@ def run_beside(runs: Sequence[MemberRun], flags: Sequence[str]) -> list[BaseExce
     gc.enable()
     beside = [run for run in runs if reason_to_go_alone(run) is None]
     groups = [beside, *([run] for run in runs if run not in beside)]
-    errors = {
-        run.label: ended.error
+    ended = {
+        run.label: end
         for group in filter(None, groups)
-        for run, ended in zip(group, run_side_by_side(group, flags), strict=True)
+        for run, end in zip(group, run_side_by_side(group, flags), strict=True)
     }
-    return [errors[run.label] for run in runs]
+    return [
+        end.error or Outcome(0, end.result["objective"], end.result["directory"])
+        for end in (ended[run.label] for run in runs)
+    ]
 
 
 @contextlib.contextmanager

@@ -219,7 +219,7 @@ def _own(output: ModelOutput, prefix: str) -> ModelOutput:
         if name.startswith(prefix) or not name.partition("/")[0].isdecimal()
     }
     views = {name: _own(view, prefix) for name, view in output.views.items()}
-    return ModelOutput(output.logits, features, dict(output.extra), views)
+    return replace(output, features=features, extra=dict(output.extra), views=views)
 
 
 def _tensors(value: object) -> Iterator[Tensor]:

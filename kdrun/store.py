@@ -143,7 +143,7 @@ def _acquire(
             return lock
         except Timeout:
             if not waiting:
-                say(f"waiting for another process that works on this {what} ({directory})")
+                say(f"waiting for another run that works on this {what} ({directory})")
             waiting = True
             while_waiting()
         except OSError as error:

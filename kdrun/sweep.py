@@ -23,6 +23,7 @@ from kdrun.job import Job, Record, mangled, read_records
 from kdrun.overrides import Override
 from kdrun.runs import quoted
 from kdrun.search import Search, open_study
+from kdrun.sweep_groups import Groups
 from kdrun.sweep_plan import Plan, read_plan
 
 
@@ -58,6 +59,7 @@ def sweep(words: Sequence[str], flags: Sequence[str], catalogue: Catalogue) -> i
         records=str(directory / "jobs"),
         fail_fast=fail_fast,
         search=search,
+        groups=Groups(overrides) if plan.in_this_process else None,
     )
     began = time.time()
     with _alone(directory):

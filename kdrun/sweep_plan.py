@@ -19,6 +19,7 @@ from kdrun.catalogue import (
 from kdrun.checks import unknown_option
 from kdrun.config import compose_parsed
 from kdrun.errors import ConfigErrors, UserError
+from kdrun.members import MEMBERS
 from kdrun.overrides import Override, parse
 from kdrun.parameters import find_source
 from kdrun.search import OBJECTIVES
@@ -66,6 +67,12 @@ class Plan:
         """Whether values are chosen by a search."""
         return self.sweeper is not None
 
+    @property
+    def in_this_process(self) -> bool:
+        """Whether all runs are known beforehand and done one after the other, in this process."""
+        launchers = [word for word in self.hydra_words if word.startswith("hydra/launcher=")]
+        return not self.searches and set(launchers) <= {"hydra/launcher=basic"}
+
 
 def check(words: Sequence[str], catalogue: Catalogue) -> list[str]:
     """What is wrong with the words of a sweep, a line each; nothing is run."""
@@ -91,6 +98,11 @@ def read_plan(words: Sequence[str], catalogue: Catalogue) -> tuple[Plan, list[st
             for o in overrides
             if o.interval
         ]
+    problems += [
+        f"{o.word}: with -m, runs with a common data_seed go side by side by themselves"
+        for o in overrides
+        if o.key == MEMBERS
+    ]
     problems += _search_problems(plan, words)
     problems += _check_values(overrides, catalogue)
     return plan, list(dict.fromkeys(problems))

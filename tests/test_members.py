@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -184,6 +187,18 @@ def test_the_whole_command_says_how_to_go_on(tmp_path: Path, stop_in) -> None:
     assert run_words(words, [], open_catalogue()).exit_code == 0
 
 
+def test_a_trial_of_every_stage_leaves_nothing(tmp_path: Path, capsys) -> None:
+    words = [
+        *command(tmp_path, "trainer.progress=plain", "dry=true"),
+        'members=["seed=0","seed=1"]',
+    ]
+    assert run_words(words, [], open_catalogue()).exit_code == 0
+    out = capsys.readouterr().out
+    for member in ("seed=0", "seed=1"):
+        assert f"{member}  dry run: every stage ran (again start)" in out
+    assert not list(tmp_path.iterdir())
+
+
 # -- failures --------------------------------------------------------------------------------------
 
 
@@ -310,7 +325,7 @@ def test_methods_without_a_teacher_to_share_are_refused(
         f"members, method={method}: method={method} {reason}; run it by itself"
     )
     # Where nobody asked for it, such a run goes by itself.
-    assert run_beside(runs, []) == [None, None]
+    assert [ended.exit_code for ended in run_beside(runs, [])] == [0, 0]
 
 
 def test_which_runs_are_grouped_without_being_asked(tmp_path: Path) -> None:
@@ -391,3 +406,61 @@ def test_other_data_seeds_are_other_runs(tmp_path: Path) -> None:
     assert not identical(trained(first), trained(other))
     assert first["artefacts"]["teacher"] == other["artefacts"]["teacher"]
     assert first["artefacts"]["alone"] != other["artefacts"]["alone"]
+
+
+# -- the installed command -------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_command_killed_and_started_again(tmp_path: Path) -> None:
+    """SIGKILL in the middle of a group, then SIGTERM, then to the end; each member as if alone."""
+    program = Path(sys.executable).with_name("kdrun")
+    words = [
+        *("teacher=small_cnn", "student=mlp", "student.dropout=0.2", "trainer=cpu", "data_seed=0"),
+        *("training.epochs=30", "teacher.allow_chance=true", "training.teacher.epochs=1"),
+    ]
+    members = 'members=["seed=0","method=dkd seed=1"]'
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def start(*more: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [program, *words, *more],
+            cwd=tmp_path,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+
+    def until(process: subprocess.Popen[str], line: str) -> None:
+        assert process.stdout is not None
+        assert any(line in said for said in process.stdout), line
+
+    killed = start(members)
+    until(killed, "seed=0  distil  epoch 5/")
+    killed.kill()
+    killed.communicate()
+    stopped = start(members)
+    until(stopped, "method=dkd seed=1  distil  epoch 20/")
+    stopped.terminate()
+    said, _ = stopped.communicate()
+    assert stopped.returncode == 143, said
+    assert f"continue with: kdrun {' '.join(words)}" in said
+    done = start(members)
+    said, _ = done.communicate()
+    assert done.returncode == 0, said
+    assert "seed=0  distil: continuing at epoch" in said
+    alone = tmp_path / "alone"
+    for more in (["seed=0"], ["method=dkd", "seed=1"]):
+        single = start(*more, f"output_dir={alone}")
+        said, _ = single.communicate()
+        assert single.returncode == 0, said
+    for method in ("kd", "dkd"):
+        results = [
+            json.loads(next(root.glob(f"digits/*/{method}-*/seed*/result.json")).read_text())
+            for root in (tmp_path / "outputs", alone)
+        ]
+        assert [result["side_by_side"] for result in results] == [2, 1]
+        ours, theirs = results
+        directory = tmp_path / ours["directory"]
+        assert identical(trained(ours | {"directory": directory}), trained(theirs))

@@ -244,7 +244,7 @@ def test_two_processes_at_once_make_it_once(tmp_path: Path, method: str) -> None
     assert [process.exitcode for process in processes] == [0, 0]
     assert started.read_text() == "made\n"
     (waiter,) = (path for path in said if path.exists())
-    assert "waiting for another process that works on this network (" in waiter.read_text()
+    assert "waiting for another run that works on this network (" in waiter.read_text()
 
 
 def test_a_killed_process_blocks_nobody(tmp_path: Path) -> None:

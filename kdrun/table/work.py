@@ -162,6 +162,7 @@ def group_runner(catalogue: Catalogue, flags: Sequence[str]) -> RunGroup:
         from kdrun.run import run_beside
 
         runs = [member_run(str(cell), cell.words, catalogue) for cell in cells]
-        return run_beside(runs, flags)
+        ended = run_beside(runs, flags)
+        return [end if isinstance(end, BaseException) else None for end in ended]
 
     return run_group
