@@ -14,7 +14,18 @@ PACKAGE = Path(__file__).resolve().parents[1] / "kdrun"
 
 LAYERS = {
     "cli": (
-        *("__main__", "cli", "run", "runs", "sweep", "sweep_plan", "search", "job", "launch"),
+        *(
+            "__main__",
+            "cli",
+            "run",
+            "runs",
+            "sweep",
+            "sweep_plan",
+            "sweep_groups",
+            "search",
+            "job",
+            "launch",
+        ),
         *(
             "browse",
             "completion",
