@@ -40,8 +40,8 @@ def share_pass(
         The loader to train from.
     """
     views = assembly.method.views
-    # A data set that depends on the seed is another object for each run.
-    key = (member.stage, context.data, *alike)
+    # Data may depend on the seed, and are then another object, or change in the course of a stage.
+    key = (member.stage, context.data, context.data.fingerprint, *alike)
     shared = member.share(key, lambda: SharedPass(make_loader))
     shared.join(views)
     for role in list(distiller.frozen):
