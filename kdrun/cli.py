@@ -33,7 +33,8 @@ kdrun VERB ...
 {verbs}
 
 Flags
-  -m, --multirun      several values per key; launcher=joblib|slurm|ray, sweeper=optuna
+  -m, --multirun      several values per key; launcher=joblib|slurm|ray, sweeper=optuna,
+                      sweep=NAME for one from a file
   --config-dir DIR    a folder of your own configs (DIR/method/mine.yaml, ...), may be repeated
   --version, --help
 
