@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import signal
 import sys
 
 
@@ -10,9 +12,17 @@ def main() -> None:
     """Run the command line and exit with its status."""
     # Nothing made while a command is read is garbage soon; a run turns the collector on again.
     gc.disable()
-    from kdrun.cli import run
+    if "RANK" in os.environ:
+        # One of several processes: until it watches for signals itself, one ends it where it is,
+        # without a word. Python's own way would show an import, or a connection, that broke off.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        from kdrun.cli import run
 
-    sys.exit(run(sys.argv[1:]))
+        status = run(sys.argv[1:])
+    except KeyboardInterrupt:
+        status = 130
+    sys.exit(status)
 
 
 if __name__ == "__main__":

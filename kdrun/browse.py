@@ -27,6 +27,7 @@ from kdrun.catalogue import (
     unknown_choice,
 )
 from kdrun.errors import UserError
+from kdrun.files import typed_path
 from kdrun.parameters import complaint, describe, find_source
 from kdrun.targets import KEY, class_body, module_docstring, signature_of
 
@@ -116,7 +117,7 @@ def cp(catalogue: Catalogue, words: Sequence[str]) -> str:
         )
     group, _, name = words[0].removesuffix(".yaml").partition("/")
     _check_group(group, catalogue)
-    source, destination = catalogue.path(group, name), Path(words[1]).expanduser()
+    source, destination = catalogue.path(group, name), typed_path(words[1])
     if destination.is_dir():
         destination = destination / source.name
     if destination.exists():

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kdrun.errors import UserError
+from kdrun.files import typed_path
 from kdrun.parameters import find_source
 
 ROLES = ("teacher", "student")
@@ -135,7 +136,7 @@ def open_catalogue(extra: Iterable[str | Path] = ()) -> Catalogue:
     """
     directories, packages = [shipped()], []
     for given in extra:
-        directory = Path(given).expanduser().resolve()
+        directory = typed_path(given).resolve()
         if not directory.is_dir():
             raise UserError(f"--config-dir {given}: no such folder")
         directories.append(directory)

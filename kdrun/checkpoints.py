@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import pickle
 import re
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,9 @@ PREFIXES = ("", "model.", "student.", "network.", "net.", "networks.student.", "
 
 WRAPPERS = ("module", "_orig_mod")
 """Name parts left by DataParallel and torch.compile; they mean nothing."""
+
+NOTED = "kdrun."
+"""What the names of kdrun's own entries in a file's metadata begin with."""
 
 
 @runtime_checkable
@@ -154,11 +158,18 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return _find_state_dict(content, path)
 
 
-def save_weights(network: nn.Module, path: str | Path) -> str:
+def save_weights(
+    network: nn.Module, path: str | Path, trained_on: Mapping[str, str] | None = None
+) -> str:
     """Write the weights of a network as safetensors, all or nothing.
 
     The file is a bare state dict that loads in plain PyTorch; tied tensors are written under each
     of their names.
+
+    Args:
+        network: whose weights.
+        path: of the file.
+        trained_on: what they take for granted of the data, as text by name (``saved_for``).
 
     Returns:
         SHA-256 of the file.
@@ -177,10 +188,38 @@ def save_weights(network: nn.Module, path: str | Path) -> str:
             value = value.clone()
         storages.add(value.untyped_storage().data_ptr())
         tensors[name] = value
-    data = safetensors.torch.save(tensors, metadata={"format": "pt"})
+    noted = {f"{NOTED}{name}": text for name, text in (trained_on or {}).items()}
+    data = _in_order(safetensors.torch.save(tensors, metadata={"format": "pt"} | noted))
     with atomic_file(Path(path)) as file:
         file.write(data)
     return hashlib.sha256(data).hexdigest()
+
+
+def _in_order(data: bytes) -> bytes:
+    """The same file with the entries of its metadata sorted.
+
+    safetensors writes them in an order of chance, and equal weights are to be equal files.
+    """
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # Tensors begin at multiples of eight bytes.
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
+
+
+def saved_for(path: Path) -> dict[str, str]:
+    """What a weights file says of the data it was made for; empty for files from elsewhere."""
+    if path.suffix != ".safetensors":
+        return {}
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: damaged, or not safetensors ({_line(error)})") from error
+    return {
+        name.removeprefix(NOTED): text for name, text in metadata.items() if name.startswith(NOTED)
+    }
 
 
 def _kept_beside_weights() -> list[Any]:

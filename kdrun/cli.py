@@ -98,9 +98,31 @@ def run(arguments: Sequence[str]) -> int:
         # The reader of our output (head, less) has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.filename is None:
+            _say_broken(error)
+            return 1
+        # A file that may not be read, a name too long, a directory in the way.
+        _say(f"{error.filename}: {error.strerror}")
+        return 2
     except Exception as error:
+        ended = _signal_among_several()
+        if ended:
+            _say("interrupted; the same command continues")
+            return 128 + ended
         _say_broken(error)
         return 1
+
+
+def _signal_among_several() -> int:
+    """The signal that this process has received, where it is one of several.
+
+    Such a process may find the others gone before it has looked at the signal itself.
+    """
+    from kdrun.interruption import SignalWatch
+    from kdrun.launch import is_launched
+
+    return SignalWatch.latest if is_launched() else 0
 
 
 def _say(text: str) -> None:

@@ -144,13 +144,9 @@ def _base(
     choices: tuple[tuple[str, str], ...], directories: tuple[Path, ...]
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """The tree that Hydra composes for these choices, unresolved, and all groups' choices."""
-    import yaml
     from omegaconf import OmegaConf, open_dict
-    from omegaconf.errors import OmegaConfBaseException
 
     with _hydra(directories[0]) as hydra_compose:
-        from hydra.errors import HydraException
-
         words = [
             f"{'model@' if is_network(group) else ''}{group}={name}" for group, name in choices
         ]
@@ -159,7 +155,8 @@ def _base(
             words.append(f"hydra.searchpath=[{others}]")
         try:
             tree = hydra_compose("config", words, return_hydra_config=True)
-        except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        except Exception as error:
+            # Hydra's own errors, and whatever else it comes to with files that are no configs.
             message = " ".join(str(error.__cause__ or error).split())
             unknown = [group for group, _ in choices if f"'model@{group}'" in message]
             if unknown:
@@ -173,6 +170,9 @@ def _base(
     with open_dict(tree):
         del tree["hydra"]
     values = OmegaConf.to_container(tree, resolve=False)
+    strange = [key for key in values if not isinstance(key, str)]
+    if strange:
+        raise ConfigErrors([f"the config files set an option named {strange[0]}: names are text"])
     options = load_yaml(directories[0] / "config.yaml")["teacher"]
     further = {key: options | node for key, node in values.items() if is_further_network(key)}
     return values | further, names
@@ -319,7 +319,7 @@ def _resolve(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 def _without_null_stages(values: dict[str, Any]) -> dict[str, Any]:
     """The tree without the stages that were taken out (``recipe.stages.alone=null``)."""
-    recipe = values["recipe"]
+    recipe = values.get("recipe")
     stages = recipe.get("stages") if isinstance(recipe, dict) else None
     if not isinstance(stages, dict):
         return values  # Reported with whatever else is wrong.

@@ -132,6 +132,8 @@ class Distiller(LightningModule):
         self.sums = TermSums()
         self.gradient_shares: dict[str, float] = {}
         self.after_each_step: Callable[[], None] = lambda: None
+        self.trained_on: Mapping[str, str] = {}
+        """What weight files say of the data; see ``DataModule.signature``."""
         self.global_batch: Callable[[int], int] | None = None
         self.seconds_in_steps = 0.0
 

@@ -180,6 +180,8 @@ def _run_stages(
         for stage in stages.values():
             stage.check(config, data)
         for number, (name, stage) in enumerate(stages.items()):
+            # All ranks leave together: one that has not heard yet would wait for the others.
+            watch.received = max(distributed.gather_objects(watch.received))
             watch.raise_if_received()
             if member is not None:
                 member.enter_stage(number)

@@ -15,6 +15,20 @@ from kdrun.errors import UserError
 from kdrun.redaction import redact
 
 
+def typed_path(text: str | Path) -> Path:
+    """A path as a user writes it, ``~`` resolved.
+
+    Raises:
+        UserError: it is none: an empty character in it, or a ``~name`` that nobody has.
+    """
+    try:
+        path = Path(text).expanduser()
+        path.exists()  # A name that is too long is an OSError here; the command says so.
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{text!r} is no path: {error}") from error
+    return path
+
+
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes."""
     with path.open("rb") as file:
@@ -36,12 +50,23 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _sync_directory(path.parent)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         # On a file system that became read-only even removing what is not there fails.
         if temporary.exists():
             temporary.unlink()
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make a renaming last through a loss of power, where the file system can."""
+    place = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # The file itself is whole in any case.
+            os.fsync(place)
+    finally:
+        os.close(place)
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:

@@ -33,8 +33,8 @@ from kdrun.outputs import Batch
 from kdrun.tasks.task import Task
 from kdrun.training_state import (
     CHECKPOINT,
-    PREVIOUS,
     generator_states,
+    previous_checkpoints,
     read_checkpoint,
     restore_generators,
     write_checkpoint,
@@ -77,6 +77,7 @@ def fit(
     key: str,
     log: TrainingLog,
     watch: SignalWatch,
+    keep_last: int = 2,
     product: str = "network",
     checkpoint_seconds: float = 600.0,
     limit_batches: int | None = None,
@@ -99,6 +100,7 @@ def fit(
         key: names what is trained; a checkpoint with another key is refused.
         log: where epochs are reported.
         watch: an asked-for stop is honoured between two steps.
+        keep_last: checkpoints kept on disk while training lasts.
         product: what the weight files are called.
         checkpoint_seconds: largest time between two checkpoints of a single-process run.
         limit_batches: batches per epoch, for trials; None: all.
@@ -120,6 +122,7 @@ def fit(
     session = _Session(
         distiller, directory, best, key, log, watch, checkpoint_seconds, saved, patience, ties
     )
+    session.keep_last = keep_last
     trainer.callbacks.append(session)
     trainer.limit_val_batches = len(validation) if limit_batches is None else limit_batches
     if saved is None or saved["epoch"] < distiller.epochs and not session.out_of_patience():
@@ -138,11 +141,13 @@ def fit(
     if skipped:
         log.say(f"{skipped:.0f} of {distiller.step_count} updates were left out: not finite")
     if distributed.rank() == 0:
-        (directory / PREVIOUS).unlink(missing_ok=True)
-        save_weights(distiller.deployed(), directory / f"{product}.safetensors")
+        for older in previous_checkpoints(directory / CHECKPOINT):
+            older.unlink()
+        trained_on = distiller.trained_on
+        save_weights(distiller.deployed(), directory / f"{product}.safetensors", trained_on)
         for role, network in distiller.networks.items():
             if role != STUDENT:
-                save_weights(network, directory / f"{role}.safetensors")
+                save_weights(network, directory / f"{role}.safetensors", trained_on)
     return session.outcome
 
 
@@ -226,6 +231,7 @@ class _Session(Callback):
         self.distiller, self.directory, self.best, self.key = distiller, directory, best, key
         self.reporter, self.watch = log, watch
         self.checkpoint_seconds = checkpoint_seconds
+        self.keep_last = 2
         self.saved = saved
         self.patience, self.ties = patience, ties
         self.outcome = Outcome()
@@ -281,7 +287,7 @@ class _Session(Callback):
         if best is row:
             self.outcome.best_epoch = row["epoch"]
             if distributed.rank() == 0:
-                save_weights(module.deployed(), self.best)
+                save_weights(module.deployed(), self.best, module.trained_on)
         self.outcome.gradient_shares = module.gradient_shares
         module.sums.reset()
         module.epoch, module.position = module.epoch + 1, 0
@@ -338,7 +344,7 @@ class _Session(Callback):
             "outcome": vars(self.outcome),
         }
         if distributed.rank() == 0:
-            write_checkpoint(self.directory / CHECKPOINT, state)
+            write_checkpoint(self.directory / CHECKPOINT, state, self.keep_last)
         self._last_save = time.monotonic()
 
     def _stop(self, received: int) -> None:

@@ -15,6 +15,9 @@ NOT_IDENTITY = (
 )
 """Config entries that do not change what a run computes; the seed has a folder of its own."""
 
+NOT_COMPUTING = ("progress", "keep_last")
+"""Likewise within ``trainer``."""
+
 
 def fingerprint(key: Mapping[str, Any], length: int = 16) -> str:
     """Hexadecimal name of a nested mapping of plain values, whatever the order of its keys."""
@@ -28,7 +31,7 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     if kept.get("data_seed") is None:
         kept.pop("data_seed", None)  # The seed, which has its own place.
     if "trainer" in kept:
-        kept["trainer"] = {k: v for k, v in kept["trainer"].items() if k != "progress"}
+        kept["trainer"] = {k: v for k, v in kept["trainer"].items() if k not in NOT_COMPUTING}
     return kept
 
 

@@ -27,6 +27,8 @@ class SignalWatch:
     install handlers; a watch there is told by those of the main thread.
     """
 
+    latest: ClassVar[int] = 0
+    """The last signal that any watch of this process has received; 0: none."""
     _active: ClassVar[list[SignalWatch]] = []
 
     def __init__(self) -> None:
@@ -56,6 +58,7 @@ class SignalWatch:
         self._active.remove(self)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        SignalWatch.latest = number
         for watch in self._active:
             watch.received = number
         self._restore(all_of_them=True)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kdrun.errors import UserError
+from kdrun.errors import Interrupted, UserError
 from kdrun.files import json_text, parse_json
 
 OUTCOME = "KDRUN_OUTCOME"
@@ -49,6 +49,7 @@ def launch(words: Sequence[str], trainer: Mapping[str, Any]) -> dict[str, Any]:
         ``exit_code`` and, after a finished run, ``objective``.
 
     Raises:
+        Interrupted: a signal came before they were at work.
         UserError: several machines are asked for, which only a launcher on each of them can start.
     """
     devices, nodes = trainer["devices"], trainer["num_nodes"]
@@ -76,7 +77,7 @@ def launch(words: Sequence[str], trainer: Mapping[str, Any]) -> dict[str, Any]:
         threads = max(1, (os.cpu_count() or 1) // devices)
         added = {OUTCOME: str(outcome), "OMP_NUM_THREADS": str(threads)}
         added |= {name: os.environ[name] for name in ("OMP_NUM_THREADS",) if name in os.environ}
-        exit_code = 0
+        exit_code = received = 0
         # What goes wrong in a process is printed by that process.
         logging.disable(logging.ERROR)
         with _environment(added):
@@ -85,10 +86,14 @@ def launch(words: Sequence[str], trainer: Mapping[str, Any]) -> dict[str, Any]:
             except ChildFailedError:
                 exit_code = 1
             except SignalException as error:
-                exit_code = 128 + error.sigval
+                exit_code, received = 128 + error.sigval, error.sigval
             finally:
                 logging.disable(logging.NOTSET)
         told = parse_json(outcome.read_bytes()) if outcome.is_file() else {}
+        if received and not told:
+            # Before the processes were at work; what they had saved earlier is still there.
+            again = shlex.join(["kdrun", *words])
+            raise Interrupted(again, signal_number=received)
         return told | {"exit_code": told.get("exit_code") or exit_code}
 
 

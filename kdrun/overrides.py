@@ -115,7 +115,9 @@ def _parse(word: str, key: str, text: str) -> Parsed:
 
     try:
         return OverridesParser.create().parse_override(f"{key}={text}")
-    except HydraException:
+    except (HydraException, ValueError, RecursionError):
+        # Besides what the grammar does not know: numbers of thousands of digits, hundreds of
+        # brackets.
         raise UserError(
             f"{word}: {text} cannot be read; quote text with special characters: {key}='\"...\"'"
         ) from None

@@ -12,7 +12,7 @@ from kdrun.browse import columns
 from kdrun.catalogue import Catalogue, load_yaml
 from kdrun.config import Config, compose, spell
 from kdrun.errors import UserError
-from kdrun.files import parse_json
+from kdrun.files import parse_json, typed_path
 
 CONFIG, ENVIRONMENT, RESULT = "config.yaml", "env.json", "result.json"
 
@@ -26,7 +26,7 @@ def open_run(text: str) -> Path:
     Raises:
         UserError: there is no run.
     """
-    path = Path(text).expanduser()
+    path = typed_path(text)
     path = path.parent if path.is_file() else path
     if (path / CONFIG).is_file():
         return path

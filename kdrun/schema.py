@@ -48,6 +48,7 @@ class Teacher:
     fold: bool
     seed: NonNegativeInt
     allow_chance: bool
+    allow_other_data: bool
     cache: Literal["none", "logits", "topk", "features"]
     cache_views: PositiveInt
     cache_seed: NonNegativeInt
@@ -134,6 +135,7 @@ class Trainer:
     channels_last: bool
     num_threads: PositiveInt | None
     deterministic: bool
+    keep_last: PositiveInt
     progress: Literal["auto", "line", "plain", "off"]
 
 
@@ -148,6 +150,7 @@ SECTIONS: dict[str, type] = {
     "training": Training,
     "training.scheduler": Scheduler,
     "training.teacher": TeacherTraining,
+    "training.teacher.scheduler": Scheduler,
     "recipe": Recipe,
     "trainer": Trainer,
 }
@@ -157,6 +160,7 @@ BESIDE_ARGUMENTS: dict[str, type] = {
     "teacher": Teacher,
     "student": Student,
     "training.optimizer": Optimizer,
+    "training.teacher.optimizer": Optimizer,
     "logger": Logger,
 }
 """Sections that hold a class's constructor arguments beside the fields of a dataclass."""

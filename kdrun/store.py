@@ -4,7 +4,7 @@ Layout of one artefact::
 
     <root>/<kind>/<fingerprint>/            what the producer wrote
     <root>/<kind>/<fingerprint>/artefact.json    written last: the artefact is complete
-    <root>/<kind>/.<fingerprint>.lock       held by the process that makes it
+    <root>/<kind>/.<fingerprint>.lock       held by the process that makes it (kdrun/locks.py)
 
 The lock belongs to the operating system and dies with its process, so a killed run never blocks the
 next one, which continues from whatever state the producer left in the directory.
@@ -12,18 +12,19 @@ next one, which continues from whatever state the producer left in the directory
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from kdrun import distributed
-from kdrun.artefacts import commit, is_complete
+from kdrun.artefacts import MARKER, commit, is_complete
 from kdrun.errors import UserError
 from kdrun.identity import fingerprint
+from kdrun.locks import Lock
 
 WAIT_SECONDS = 0.5
 """Between two looks at whether waiting for another process has become pointless."""
@@ -81,9 +82,7 @@ class Store:
             The artefact, and whether it was there already.
         """
         directory = self.root / kind / fingerprint(key)
-        return make_once(
-            directory, key, produce, self.say, self.while_waiting, what=kind, contents=True
-        )
+        return make_once(directory, key, produce, self.say, self.while_waiting, what=kind)
 
 
 def make_once(
@@ -94,7 +93,6 @@ def make_once(
     while_waiting: Callable[[], None] = lambda: None,
     what: str = "run",
     afresh: bool = False,
-    contents: bool = False,
 ) -> tuple[Artefact, bool]:
     """Fill ``directory`` by ``produce`` under a lock unless it is complete; see ``Store.obtain``.
 
@@ -106,7 +104,6 @@ def make_once(
         while_waiting: see ``Store``.
         what: what to call the artefact in messages.
         afresh: throw away what is there, finished or not.
-        contents: read all of an artefact that is found, and compare checksums.
     """
     artefact = Artefact(directory, dict(key))
     main = distributed.rank() == 0
@@ -114,7 +111,9 @@ def make_once(
     try:
         if main and afresh and directory.exists():
             shutil.rmtree(directory)
-        if distributed.broadcast(main and is_complete(directory, contents)):
+        if distributed.broadcast(main and is_complete(directory, contents=True)):
+            if main:
+                note_use(directory)
             return artefact, True
         if main:
             _make_directory(directory)
@@ -131,23 +130,28 @@ def make_once(
             lock.release()
 
 
+def note_use(directory: Path) -> None:
+    """Remember that an artefact was used now; ``kdrun store gc --budget`` keeps the latest."""
+    with contextlib.suppress(OSError):  # A store that others may only read has no memory.
+        os.utime(directory / MARKER)
+
+
 def _acquire(
     directory: Path, what: str, say: Callable[[str], None], while_waiting: Callable[[], None]
-) -> FileLock:
+) -> Lock:
     _make_directory(directory.parent)
-    lock = FileLock(directory.with_name(f".{directory.name}.lock"))
+    lock = Lock(directory.with_name(f".{directory.name}.lock"))
     waiting = False
-    while True:
-        try:
-            lock.acquire(timeout=WAIT_SECONDS if waiting else 0)
-            return lock
-        except Timeout:
-            if not waiting:
-                say(f"waiting for another run that works on this {what} ({directory})")
-            waiting = True
-            while_waiting()
-        except OSError as error:
-            raise UserError(f"cannot lock {directory}: {error.strerror or error}") from error
+    while not lock.acquire(timeout=WAIT_SECONDS if waiting else 0):
+        if not waiting:
+            who = lock.told()
+            say(
+                f"waiting for another run that works on this {what} ({directory})"
+                + (f": {who}" if who else "")
+            )
+        waiting = True
+        while_waiting()
+    return lock
 
 
 def _make_directory(directory: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -10,14 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from kdrun.artefacts import MARKER, damaged
 from kdrun.browse import columns
 from kdrun.errors import UserError
-from kdrun.files import read_json
+from kdrun.files import read_json, typed_path
+from kdrun.locks import Lock
 
-USAGE = "kdrun store ls|verify|gc [--yes] [output_dir=outputs]"
+USAGE = "kdrun store ls|verify|gc [--yes] [--budget 20GB] [output_dir=outputs]"
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+UNITS |= {f"{letter}i": 1 << 10 * power for power, letter in enumerate("kmgt", start=1)}
 REFERENCES = ("artefacts.json", "result.json")
 """Files of a run that name the artefacts it was made from."""
 
@@ -30,13 +32,13 @@ class Entry:
         directory: ``<root>/<kind>/<fingerprint>``.
         finished: whether its marker was written.
         size: bytes of its files.
-        modified: when one of them was last written, seconds since 1970.
+        used: when a run last took it, or a file of it was written, seconds since 1970.
     """
 
     directory: Path
     finished: bool
     size: int
-    modified: float
+    used: float
 
     @property
     def name(self) -> str:
@@ -50,15 +52,22 @@ def main(words: Sequence[str]) -> int:
     Raises:
         UserError: the words make no sense, or something cannot be removed.
     """
-    folder, yes, verbs = Path("outputs"), False, []
-    for word in words:
-        if word.startswith("output_dir="):
-            folder = Path(word.partition("=")[2]).expanduser()
+    folder, yes, verbs, budget = Path("outputs"), False, [], None
+    rest = iter(words)
+    for word in rest:
+        if word == "--budget" or word.startswith("--budget="):
+            budget = read_size(word.partition("=")[2] or next(rest, ""))
+        elif word.startswith("output_dir="):
+            folder = typed_path(word.partition("=")[2])
         elif word == "--yes":
             yes = True
         else:
             verbs.append(word)
-    if len(verbs) != 1 or verbs[0] not in ("ls", "verify", "gc") or (yes and verbs != ["gc"]):
+    if (
+        len(verbs) != 1
+        or verbs[0] not in ("ls", "verify", "gc")
+        or ((yes or budget is not None) and verbs != ["gc"])
+    ):
         raise UserError(f"{' '.join(words) or 'store'}: not understood; {USAGE}")
     found = entries(folder / "store")
     if not found:
@@ -66,7 +75,19 @@ def main(words: Sequence[str]) -> int:
         return 0
     if verbs[0] == "ls":
         return _ls(folder, found)
-    return _verify(found) if verbs[0] == "verify" else _gc(folder, found, yes)
+    return _verify(found) if verbs[0] == "verify" else _gc(folder, found, yes, budget)
+
+
+def read_size(text: str) -> int:
+    """Bytes of ``20GB``, ``1.5 GiB``, ``500M`` or a plain number.
+
+    Raises:
+        UserError: it is no size.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?", text.strip().lower())
+    if found is None or found[2] not in UNITS:
+        raise UserError(f"--budget {text}: not a size; write it as 20GB, 1.5TiB or 500MB")
+    return int(float(found[1]) * UNITS[found[2]])
 
 
 def entries(root: Path) -> list[Entry]:
@@ -76,8 +97,9 @@ def entries(root: Path) -> list[Entry]:
         if directory.is_dir() and not directory.name.startswith("."):
             facts = [path.stat() for path in directory.rglob("*") if path.is_file()]
             size = sum(fact.st_size for fact in facts)
-            modified = max((fact.st_mtime for fact in facts), default=directory.stat().st_mtime)
-            found.append(Entry(directory, (directory / MARKER).is_file(), size, modified))
+            # The marker's time is that of the last use: see ``kdrun.store.note_use``.
+            used = max((fact.st_mtime for fact in facts), default=directory.stat().st_mtime)
+            found.append(Entry(directory, (directory / MARKER).is_file(), size, used))
     return found
 
 
@@ -105,9 +127,9 @@ def users(folder: Path, found: Sequence[Entry]) -> dict[str, set[Path]]:
 
 def _ls(folder: Path, found: Sequence[Entry]) -> int:
     served = users(folder, found)
-    rows = [("artefact", "size", "last written", "runs")]
+    rows = [("artefact", "size", "last used", "runs")]
     for entry in found:
-        date = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.modified))
+        date = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
         runs = str(len(served[entry.name])) if entry.finished else f"unfinished{_work(entry)}"
         rows.append((entry.name, _size(entry.size), date, runs))
     print(columns(rows))
@@ -133,39 +155,71 @@ def _verify(found: Sequence[Entry]) -> int:
     return 1 if bad else 0
 
 
-def _gc(folder: Path, found: Sequence[Entry], yes: bool) -> int:
+def _gc(folder: Path, found: Sequence[Entry], yes: bool, budget: int | None) -> int:
     served = users(folder, found)
     freed = 0
+    kept = []
     for entry in found:
         if entry.finished and served[entry.name]:
+            kept.append(entry)
             continue
         why = "no run refers to it" if entry.finished else "unfinished"
-        lock = FileLock(entry.directory.with_name(f".{entry.directory.name}.lock"))
-        try:
-            with lock.acquire(timeout=0):
-                if yes:
-                    shutil.rmtree(entry.directory)
-        except Timeout:
-            print(f"{entry.name}: kept, a process works on it")
-            continue
-        except OSError as error:
-            raise UserError(
-                f"cannot remove {entry.directory}: {error.strerror or error}"
-            ) from error
-        freed += entry.size
-        print(f"{entry.name}: {'removed' if yes else 'would be removed'}, {why}")
+        freed += _remove(entry, why, yes)
+    if budget is not None:
+        freed += _keep_within(budget, sum(entry.size for entry in found) - freed, kept, served, yes)
     print(f"{_size(freed)} {'freed' if yes else 'to be freed: kdrun store gc --yes'}")
     return 0
 
 
+def _keep_within(
+    budget: int, size: int, kept: Sequence[Entry], served: dict[str, set[Path]], yes: bool
+) -> int:
+    """Remove what was used least recently until ``budget`` bytes are kept; returns bytes freed.
+
+    What a run that has no result yet refers to stays. A finished run keeps its own student and
+    result; what it shares is made again where it is asked for again.
+    """
+    freed = 0
+    for entry in sorted(kept, key=lambda entry: entry.used):
+        if size - freed <= budget:
+            break
+        if all((run / MARKER).is_file() for run in served[entry.name]):
+            used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
+            freed += _remove(entry, f"last used {used}", yes)
+    if size - freed > budget:
+        left = _size(size - freed)
+        print(f"{left} stay, above the budget: runs that are not finished need them")
+    return freed
+
+
+def _remove(entry: Entry, why: str, yes: bool) -> int:
+    """Remove an artefact, or say that it would be; returns the bytes that frees."""
+    lock = _lock(entry)
+    if not lock.acquire():
+        print(f"{entry.name}: kept, a process works on it")
+        return 0
+    try:
+        if yes:
+            shutil.rmtree(entry.directory)
+    except OSError as error:
+        raise UserError(f"cannot remove {entry.directory}: {error.strerror or error}") from error
+    finally:
+        lock.release()
+    print(f"{entry.name}: {'removed' if yes else 'would be removed'}, {why}")
+    return entry.size
+
+
 def _work(entry: Entry) -> str:
     """Who is at an unfinished artefact."""
-    lock = FileLock(entry.directory.with_name(f".{entry.directory.name}.lock"))
-    try:
-        with lock.acquire(timeout=0):
-            return ", nobody works on it"
-    except Timeout:
-        return ", in work"
+    lock = _lock(entry)
+    if not lock.is_held():
+        return ", nobody works on it"
+    who = lock.told()
+    return f", in work{f' ({who})' if who else ''}"
+
+
+def _lock(entry: Entry) -> Lock:
+    return Lock(entry.directory.with_name(f".{entry.directory.name}.lock"))
 
 
 def _strings(value: Any) -> set[str]:

@@ -2,8 +2,8 @@
 
 ``last.ckpt`` is a plain PyTorch file. Its checksum is the comment of the zip archive that such a
 file is, so both are written, renamed and lost together. The checkpoint before it stays beside it as
-``previous.ckpt`` until training ends; going on from that one gives the same result, some steps
-later.
+``previous.ckpt`` until training ends (with ``trainer.keep_last`` above 2 also older ones, as
+``previous.2.ckpt`` and so on); going on from one of those gives the same result, some steps later.
 """
 
 from __future__ import annotations
@@ -28,8 +28,13 @@ _NO_COMMENT = bytes(2)
 """How an archive without a comment ends: the comment's length."""
 
 
-def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
+def write_checkpoint(path: Path, state: dict[str, Any], keep: int = 2) -> None:
     """Write a state with its checksum; the checkpoint that was at ``path`` becomes the previous.
+
+    Args:
+        path: of the newest.
+        state: plain values and tensors.
+        keep: checkpoints to keep, the new one among them.
 
     Raises:
         UserError: it cannot be written; the one that was there stays as it was.
@@ -44,8 +49,27 @@ def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
         file.seek(-len(_NO_COMMENT), os.SEEK_END)
         file.write(_COMMENT.to_bytes(2, "little") + _WORD + hashing.digest.hexdigest().encode())
         file.flush()
-        if path.exists():
-            os.replace(path, path.with_name(PREVIOUS))
+        os.fsync(file.fileno())
+        # Not before the new one is on the disk.
+        _make_room(path, keep)
+
+
+def previous_checkpoints(path: Path) -> list[Path]:
+    """The checkpoints beside the newest one at ``path``, the latest of them first."""
+    older = path.parent.glob("previous.*.ckpt")
+    numbered = sorted(older, key=lambda place: int(place.name.split(".")[1]))
+    first = path.with_name(PREVIOUS)
+    return [first, *numbered] if first.exists() else numbered
+
+
+def _make_room(path: Path, keep: int) -> None:
+    places = [path, path.with_name(PREVIOUS)]
+    places += [path.with_name(f"previous.{number}.ckpt") for number in range(2, keep)]
+    for excess in set(previous_checkpoints(path)) - set(places[1:keep]):
+        excess.unlink()
+    for place, older in reversed(list(zip(places[: keep - 1], places[1:keep], strict=True))):
+        if place.exists():
+            os.replace(place, older)
 
 
 def read_checkpoint(
@@ -62,7 +86,7 @@ def read_checkpoint(
         UserError: no checkpoint there is can be read, or it belongs to another configuration.
     """
     damage = ""
-    for candidate in (path, path.with_name(PREVIOUS)):
+    for candidate in (path, *previous_checkpoints(path)):
         if not candidate.exists():
             continue
         try:
@@ -75,7 +99,7 @@ def read_checkpoint(
                 f"{candidate} belongs to another configuration; remove it to start again"
             )
         if damage:
-            say(f"{path} is damaged ({damage}): going on from {PREVIOUS} beside it")
+            say(f"{path} is damaged ({damage}): going on from {candidate.name} beside it")
         return state
     if damage:
         raise UserError(

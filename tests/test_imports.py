@@ -42,7 +42,7 @@ LAYERS = {
     "config": ("config", "overrides", "catalogue", "checks", "constraints", "schema"),
     "experiment": ("experiment", "validation"),
     "stages": (
-        *("stages", "assembly", "evaluation", "export", "fit"),
+        *("stages", "assembly", "evaluation", "export", "fit", "given_weights"),
         *("recording", "optimization", "report"),
     ),
     "distiller": (
@@ -75,6 +75,7 @@ LAYERS = {
             "artefacts",
             "redaction",
             "training_state",
+            "locks",
         ),
     ),
 }

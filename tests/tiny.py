@@ -123,6 +123,7 @@ class Training:
     of_roles: Mapping[str, Any] = field(default_factory=dict)
     batches: int | None = None
     checkpoint_seconds: float = 600.0
+    keep_last: int = 2
     precision: Any = 32
     task: Classification = field(default_factory=task)
     key: str = "tiny"
@@ -184,6 +185,7 @@ class Training:
             log=TrainingLog(self.console, "tiny", self.batch_size, self.loggers),
             watch=watch or SignalWatch(),
             checkpoint_seconds=self.checkpoint_seconds,
+            keep_last=self.keep_last,
             limit_batches=self.batches,
             patience=self.patience,
             ties=self.ties,

@@ -24,13 +24,18 @@ def decode(source: ImageSource, number: int, channels: int) -> Image:
     Raises:
         UserError: if it cannot be decoded; names the file or row.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         with Image.open(io.BytesIO(source.read(number))) as image:
             return image.convert(MODES[channels])
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:
-        raise UserError(f"cannot decode {source.where(number)}: {error}") from error
+    except UserError:
+        raise
+    except Exception as error:
+        # Decoders of damaged files run into whatever there is, from a missing key to a size that
+        # no memory holds.
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"cannot decode {source.where(number)}: {reason}") from error
 
 
 def resize_and_crop(image: Image, resize: int, size: int) -> Image:

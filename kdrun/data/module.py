@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -124,9 +125,23 @@ class DataModule(ABC):
                 raise UserError(f"the {name} split is empty; see dataset.val_fraction")
         self._parts = {"train": train, "validation": validation, "test": test}
         self.num_classes = len(self.class_names)
+        for name, part in self._parts.items():
+            self._check_labels(name, part.target)
         self.input_shape = train.shape
         self.train_size, self.validation_size, self.test_size = map(len, self._parts.values())
         self.preprocessing = replace(self.preprocessing, num_classes=self.num_classes)
+
+    def _check_labels(self, name: str, target: Tensor) -> None:
+        """Class ids that no class has would end in an error of an index, or on a GPU in a crash."""
+        if self.task != "classification" or target.is_floating_point() or target.ndim != 1:
+            return
+        outside = (target < 0) | (target >= self.num_classes)
+        if outside.any():
+            row = int(outside.nonzero()[0])
+            raise UserError(
+                f"sample {int(self._parts[name].index[row])} of the {name} split has the class "
+                f"{int(target[row])}, but there are {self.num_classes} classes, numbered from 0"
+            )
 
     @property
     def fingerprint(self) -> str:
@@ -165,6 +180,22 @@ class DataModule(ABC):
     def samples_at(self, position: int, batch_size: int) -> int:
         """Training samples in batch ``position`` of an epoch, over all ranks."""
         return min(batch_size, self.train_size - position * batch_size)
+
+    @property
+    def signature(self) -> dict[str, str]:
+        """What a network that is trained on this set takes for granted, as JSON by name.
+
+        ``classes``: their number and names in order; ``normalisation``: of the inputs.
+        """
+        names = [str(name) for name in self.class_names]
+        digest = hashlib.sha256(json.dumps(names).encode()).hexdigest()
+        classes = {"count": len(names), "first": names[:3], "sha256": digest}
+        found = {"classes": json.dumps(classes)}
+        normalisation = self.preprocessing.normalisation
+        if normalisation is not None:
+            facts = {"mean": list(normalisation.mean), "std": list(normalisation.std)}
+            found["normalisation"] = json.dumps(facts)
+        return found
 
     @property
     def view_names(self) -> tuple[str, ...]:

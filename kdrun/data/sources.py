@@ -63,7 +63,11 @@ def content_of(files: Iterable[Path], root: Path) -> str:
     """Hash of the names and sizes of ``files``: cheap, and equal for copies of the same data."""
     digest = hashlib.sha256()
     for file in files:
-        digest.update(f"{file.relative_to(root)} {file.stat().st_size}\n".encode())
+        try:
+            size = file.stat().st_size
+        except OSError as error:  # A link that leads nowhere, or in a circle.
+            raise UserError(f"cannot read {file}: {error.strerror}") from error
+        digest.update(f"{file.relative_to(root)} {size}\n".encode())
     return digest.hexdigest()
 
 
@@ -174,7 +178,8 @@ def open_hub(
         loaded = datasets.load_dataset(
             str(folder or name), configuration, revision=None if folder else revision
         )
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:
+        # Besides the library's own errors, whatever its readers meet in damaged files.
         raise UserError(_why_not_loaded(name, folder, error)) from error
     if split not in loaded:
         raise UserError(f"{folder or name} has no split {split!r}; it has {', '.join(loaded)}")
@@ -202,11 +207,16 @@ def _stored_as(rows: Any) -> str:
 
 def _classes(rows: Any, column: str, label: str) -> tuple[Tensor, list[str]]:
     """Class ids and names from a column of class labels, numbers or text."""
-    values, feature = rows[column][:], rows.features[column]
+    try:
+        values, feature = rows[column][:], rows.features[column]
+    except Exception as error:
+        raise UserError(f"cannot read {column!r} of {label}: {_line(error)}") from error
     if not values:
         raise UserError(f"{label} is empty")
-    if any(value is None or value == -1 for value in values):
+    if any(value is None or value in (-1, "") or value != value for value in values):
         raise UserError(f"{label}: {column!r} has rows without a class")
+    if isinstance(values[0], (list, dict)):
+        raise UserError(f"{label}: {column!r} holds more than one value in a row; it is no class")
     names = getattr(feature, "names", None)
     if names is not None:
         return torch.tensor(values, dtype=torch.int64), list(names)
@@ -226,13 +236,17 @@ def data_files(folder: Path) -> list[Path]:
 
 
 def _why_not_loaded(name: str, folder: Path | None, error: Exception) -> str:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    reason = _line(error)
     if folder is None:
         root = os.environ.get("KDRUN_DATA")
         local = f"not below KDRUN_DATA={root}" if root else "not local (KDRUN_DATA is not set)"
         return f"dataset.name={name}: {local}, and the hub says: {reason}"
     culprit = _unreadable_parquet(folder)
     return f"cannot read {culprit}" if culprit else f"cannot read {folder}: {reason}"
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _unreadable_parquet(folder: Path) -> str | None:

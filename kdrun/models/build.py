@@ -15,7 +15,8 @@ from kdrun.targets import KEY
 
 ROLE_KEYS = (
     *("checkpoint", "init_from", "finetune", "weights", "seed", "mode", "precision", "fold"),
-    *("allow_chance", "cache", "cache_views", "cache_seed", "cache_top_k", "cache_dtype"),
+    *("allow_chance", "allow_other_data"),
+    *("cache", "cache_views", "cache_seed", "cache_top_k", "cache_dtype"),
 )
 """Entries of a network's config node that say what it is for, not what it is."""
 

@@ -63,6 +63,8 @@ def timm_model(
     )
     if pretrained and classes != num_classes:
         _warn_new_classifier(label, classes, num_classes)
+    if given is not None:
+        network.input_normalisation = given.mean, given.std
     return network
 
 
@@ -114,6 +116,8 @@ def torchvision_model(
             _warn_new_classifier(label, classes, num_classes)
     if in_channels != 3:
         _replace_first_convolution(network, in_channels)
+    expected = models.get_model_weights(name).DEFAULT.transforms()
+    network.input_normalisation = expected.mean, expected.std
     return network
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from kdrun.catalogue import Catalogue, listing, nearest
 from kdrun.config import compose
 from kdrun.errors import ConfigErrors, UserError
-from kdrun.files import write_atomically
+from kdrun.files import typed_path, write_atomically
 from kdrun.identity import run_directory
 from kdrun.report import sweeps
 from kdrun.report.formats import FORMATS
@@ -71,7 +71,7 @@ def main(words: Sequence[str], catalogue: Catalogue) -> int:
         results = read_results(options, catalogue)
         written = FORMATS[options.given.get("format", "text")](results)
     if "out" in options.given:
-        path = Path(options.given["out"]).expanduser()
+        path = typed_path(options.given["out"])
         write_atomically(path, written)
         print(path)
     else:
@@ -88,13 +88,13 @@ def write_page(options: Options, catalogue: Catalogue) -> Path:
     refused = [key for key in ("format", "analysis") if key in options.given]
     if refused:
         raise UserError(f"{refused[0]}: a page has everything; leave out --html or this")
-    first = Path(options.targets[0]).expanduser()
+    first = typed_path(options.targets[0])
     if options.targets[0] in catalogue.choices("table"):
         place = read_request([options.targets[0], *options.words]).folder / "index.html"
     else:
         place = first / "report.html"
     if "out" in options.given:
-        place = Path(options.given["out"]).expanduser()
+        place = typed_path(options.given["out"])
     if len(options.targets) == 1 and (first / RESULT).is_file():
         page = run_page(read_run(first))
     elif len(options.targets) == 1 and is_sweep(first):
@@ -144,7 +144,7 @@ def analysis(options: Options, catalogue: Catalogue) -> str:
     """
     from kdrun.report import analyses, fidelity, variance
 
-    first = Path(options.targets[0]).expanduser()
+    first = typed_path(options.targets[0])
     kind, corrected = options.given["analysis"], options.given.get("correction") == "holm"
     if kind == "paired":
         return analyses.paired_text(read_results(options, catalogue), corrected)
@@ -177,7 +177,7 @@ def read_results(options: Options, catalogue: Catalogue) -> Results:
         key = options.words[0].partition("=")[0]
         known = listing([*CHOICES, *FREE])
         raise UserError(f"{options.words[0]}: no such option of a report: {key} (options: {known})")
-    places = [Path(target).expanduser() for target in options.targets]
+    places = [typed_path(target) for target in options.targets]
     if not places[0].exists():
         meant = nearest(name, catalogue.choices("table"))
         hint = f" Did you mean the table {meant}?" if meant else ""

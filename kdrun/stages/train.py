@@ -11,10 +11,19 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from kdrun import distributed
-from kdrun.assembly import assemble, assemble_untrained, build_network, load_init, make_method
+from kdrun.assembly import (
+    assemble,
+    assemble_untrained,
+    build_network,
+    build_untrained,
+    load_init,
+    make_method,
+)
 from kdrun.checkpoints import load_weights, save_weights
+from kdrun.data.module import DataModule
 from kdrun.errors import UserError
-from kdrun.files import file_sha256, write_json
+from kdrun.files import file_sha256, typed_path, write_json
+from kdrun.given_weights import refuse_other_data
 from kdrun.method import Method
 from kdrun.outputs import Batch, ModelOutput, Progress
 from kdrun.stages.stage import Context, Stage
@@ -62,9 +71,20 @@ class TrainTeacher(Stage):
     def __init__(self, *, entry: str = "teacher") -> None:
         self.entry = entry
 
+    def check(self, config: Mapping[str, Any], data: DataModule) -> None:
+        """Refuse given weights that were made for other classes or other inputs."""
+        if self._is_learned_from(config):
+            node = config[self.entry]
+            if node["checkpoint"]:
+                existing_file(node["checkpoint"], f"{self.entry}.checkpoint")
+            refuse_other_data(node, self.entry, data.for_teacher)
+
     def wanted(self, context: Context) -> bool:
         """Only where the method learns from this network and does not train it itself."""
-        method = make_method(context.config["method"])
+        return self._is_learned_from(context.config)
+
+    def _is_learned_from(self, config: Mapping[str, Any]) -> bool:
+        method = make_method(config["method"])
         frozen = set(method.roles()) - set(method.trainable_roles)
         return self.entry in {method.roles()[role] for role in frozen}
 
@@ -78,6 +98,7 @@ class TrainTeacher(Stage):
             key["start"] = file_sha256(file)
         if is_trained_here(node):
             key |= training_key(context, self.entry) | {"seed": node["seed"]}
+            key |= batch_statistics_key(context, node)
         else:
             # Only the classes decide what such a network looks like.
             key["classes"] = context.data.num_classes
@@ -97,8 +118,9 @@ class TrainTeacher(Stage):
                 context, network, name, self.entry, node["seed"], self.key(context), directory
             )
         elif distributed.rank() == 0:
-            save_weights(network, directory / "network.safetensors")
-            save_weights(network, directory / "network_best.safetensors")
+            trained_on = context.data.signature
+            save_weights(network, directory / "network.safetensors", trained_on)
+            save_weights(network, directory / "network_best.safetensors", trained_on)
             write_json(directory / "training.json", {"epochs": 0, "seconds": 0.0})
 
 
@@ -114,6 +136,7 @@ class TrainAlone(Stage):
         key = {"network": architecture(node)} | training_key(context, "student")
         if node["init_from"]:
             key["start"] = file_sha256(existing_file(node["init_from"], "student.init_from"))
+        key |= batch_statistics_key(context, node)
         return key | {"seed": context.config["seed"]}
 
     def produce(self, context: Context, name: str, directory: Path) -> None:
@@ -121,6 +144,21 @@ class TrainAlone(Stage):
         seed = context.config["seed"]
         network = initial_student(context, report=True)
         train_alone(context, network, name, "student", seed, self.key(context), directory)
+
+
+def batch_statistics_key(context: Context, node: Mapping[str, Any]) -> dict[str, Any]:
+    """Into how many parts processes cut a batch, where a network normalises by batches.
+
+    Each process normalises with the statistics of its part: another training than in one process.
+    Without batch normalisation the number of processes makes no difference, and is left out.
+    """
+    trainer = context.config["trainer"]
+    processes = trainer["devices"] * trainer["num_nodes"]
+    if processes == 1:
+        return {}
+    modules = build_untrained(node, context.data, 0).modules()
+    by_batches = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in modules)
+    return {"processes": processes} if by_batches else {}
 
 
 def is_trained_here(node: Mapping[str, Any]) -> bool:
@@ -146,7 +184,7 @@ def existing_file(path: str, option: str) -> Path:
     Raises:
         UserError: there is no such file.
     """
-    file = Path(path).expanduser()
+    file = typed_path(path)
     if not file.is_file():
         raise UserError(f"{option}={path}: no such file")
     return file

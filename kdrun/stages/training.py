@@ -212,6 +212,7 @@ def train(
         epochs=epochs,
         steps_per_epoch=steps,
     )
+    distiller.trained_on = context.data.signature
     distiller.global_batch = lambda position: context.data.samples_at(position, batch_size)
     if options["channels_last"]:
         for network in (*distiller.networks.values(), *distiller.frozen.values()):
@@ -243,6 +244,7 @@ def train(
         log=log,
         watch=context.watch,
         product=product,
+        keep_last=options["keep_last"],
         limit_batches=context.limit_batches,
         patience=settings["patience"],
         ties=settings["ties"],

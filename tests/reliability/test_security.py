@@ -194,9 +194,14 @@ def test_secrets_are_in_no_file_of_a_run(tmp_path, secrets, monkeypatch, capsys)
     command = ["method=ls", *(f"note={value}" for value in secrets)]
     experiment.run_experiment(config.values, names=config.names, overrides=command, command=command)
     assert said
+    capsys.readouterr()
+    assert kdrun(["report", str(tmp_path), "--html"]) == 0
+    told = capsys.readouterr().out
+    assert not any(value in told for value in secrets)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     names = {path.name for path in files}
     assert {"env.json", "config.yaml", "log.txt", "result.json", "overrides.txt"} <= names
+    assert "report.html" in names
     assert "[HF_TOKEN removed]" in next(p for p in files if p.name == "log.txt").read_text()
     assert "[HF_TOKEN removed]" in next(p for p in files if p.name == "env.json").read_text()
     for path in files:

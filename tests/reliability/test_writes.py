@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import random
 import subprocess
@@ -15,10 +17,19 @@ from kdrun.artefacts import MARKER
 from kdrun.cli import run as kdrun
 from kdrun.errors import UserError
 from kdrun.files import write_json
+from kdrun.identity import identity
 from kdrun.interruption import Stopped
+from kdrun.stages.train import Supervised
 from kdrun.store import Store
-from kdrun.training_state import CHECKPOINT, PREVIOUS, read_checkpoint, write_checkpoint
-from tests.tiny import StopAt, Training, identical
+from kdrun.store_command import read_size
+from kdrun.training_state import (
+    CHECKPOINT,
+    PREVIOUS,
+    previous_checkpoints,
+    read_checkpoint,
+    write_checkpoint,
+)
+from tests.tiny import WORDS, StopAt, Training, composed, identical, run
 
 
 def state(number: int) -> dict:
@@ -90,6 +101,97 @@ def test_going_on_from_the_previous_one_gives_the_same_weights(tmp_path: Path) -
     assert "going on from previous.ckpt beside it" in log
     assert "continuing at epoch 2 of 2, step 0 of 18" in log
     assert not (tmp_path / "run" / PREVIOUS).exists(), "it is of no use after training"
+
+
+@pytest.mark.parametrize(("keep", "kept"), [(1, [9]), (2, [9, 8]), (4, [9, 8, 7, 6])])
+def test_as_many_checkpoints_are_kept_as_asked_for(tmp_path: Path, keep: int, kept) -> None:
+    path, said = tmp_path / CHECKPOINT, []
+    for number in range(10):
+        write_checkpoint(path, state(number), keep)
+    assert len(os.listdir(tmp_path)) == keep
+    for number in kept:
+        assert read_checkpoint(path, "k", said.append)["number"] == number
+        newest = next(p for p in [path, *previous_checkpoints(path)] if p.stat().st_size > 1)
+        newest.write_bytes(b"x")
+    with pytest.raises(UserError, match="remove it to start this training again"):
+        read_checkpoint(path, "k", said.append)
+
+
+def test_keeping_fewer_throws_the_older_ones_away(tmp_path: Path) -> None:
+    for number in range(5):
+        write_checkpoint(tmp_path / CHECKPOINT, state(number), keep=4)
+    write_checkpoint(tmp_path / CHECKPOINT, state(5), keep=2)
+    assert sorted(os.listdir(tmp_path)) == [CHECKPOINT, PREVIOUS]
+
+
+def test_checkpoints_while_training_lasts_and_after(tmp_path: Path) -> None:
+    seen = []
+
+    class Looking(Supervised):
+        def after_step(self, progress) -> None:
+            seen.append(len(list(tmp_path.glob("*.ckpt"))))
+
+    training = Training(tmp_path, method=Looking, epochs=6, batches=2, keep_last=3)
+    training.run()
+    assert seen == [0, 0, 1, 1, 2, 2, 3, 3, 3, 3, 3, 3]
+    assert [path.name for path in tmp_path.glob("*.ckpt")] == [CHECKPOINT]
+
+
+def test_how_many_are_kept_does_not_name_another_run() -> None:
+    first, second = (identity(composed(f"trainer.keep_last={n}").values) for n in (1, 5))
+    assert first == second
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_an_error_at_any_moment_of_writing_leaves_a_checkpoint(tmp_path, monkeypatch, call) -> None:
+    """A disk that fills up, or breaks, at each call that writing makes."""
+    path = tmp_path / CHECKPOINT
+    for failing in range(4):
+        for name in os.listdir(tmp_path):
+            (tmp_path / name).unlink()
+        for number in (1, 2):
+            write_checkpoint(path, state(number))
+        real, calls = getattr(os, call), []
+
+        def fail(*arguments, real=real, calls=calls, failing=failing):
+            calls.append(arguments)
+            if len(calls) - 1 == failing:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return real(*arguments)
+
+        monkeypatch.setattr(os, call, fail)
+        try:
+            write_checkpoint(path, state(3))
+        except UserError as error:
+            assert "No space left on device" in str(error)
+        monkeypatch.undo()
+        found = read_checkpoint(path, "k", lambda line: None)
+        assert found["number"] in (2, 3)
+        assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_a_result_that_is_torn_or_flipped_is_refused_and_kept(tmp_path: Path, capsys) -> None:
+    words = ["method=ls", "recipe.stages.alone=null", "teacher.allow_chance=true"]
+    result, directory = run(tmp_path, *words)
+    path = directory / "result.json"
+    whole = path.read_bytes()
+    command = [*WORDS, f"output_dir={tmp_path}", *words]
+    place = whole.index(b'"accuracy": ') + len(b'"accuracy": ')
+    flipped = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
+    assert json.loads(flipped) != json.loads(whole)
+    for damaged in (whole[: len(whole) // 2], b"", flipped):
+        path.write_bytes(damaged)
+        assert kdrun(command) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "result.json is missing or not what was written" in error
+        assert path.read_bytes() == damaged, "nothing is written over it"
+    path.write_bytes(whole)
+    assert kdrun(command) == 0
+    assert kdrun(["report", str(directory)]) == 0
+    capsys.readouterr()
+    path.write_bytes(whole[:100])
+    assert kdrun(["report", str(directory)]) == 2
+    assert "result.json is damaged" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -200,8 +302,75 @@ def test_gc_keeps_what_a_process_works_on(tmp_path: Path, capsys) -> None:
     assert f"{artefact.name}: kept, a process works on it" in capsys.readouterr().out
 
 
+def teachers(root: Path, *runs: str) -> list[str]:
+    """A teacher of 100 kB for each run; ``done`` runs have a result, others have not."""
+    store, names = Store(root / "store"), []
+    for number, kind in enumerate(runs):
+        artefact, _ = store.obtain(
+            "teacher", {"seed": number}, lambda d: (d / "weights").write_bytes(bytes(100_000))
+        )
+        for path in artefact.directory.iterdir():
+            os.utime(path, (number, number))
+        names.append(artefact.name)
+        run = root / "digits" / "a-b" / f"kd-{number}" / "seed0"
+        run.mkdir(parents=True)
+        write_json(run / "artefacts.json", {"teacher": artefact.name})
+        if kind == "done":
+            write_json(run / MARKER, {"key": {}, "files": {}})
+    return names
+
+
+def left_of(root: Path) -> set[str]:
+    return {
+        str(path.parent.relative_to(root / "store")) for path in root.glob("store/*/*/" + MARKER)
+    }
+
+
+def test_a_budget_removes_what_was_used_longest_ago(tmp_path: Path, capsys) -> None:
+    names = teachers(tmp_path, "done", "open", "done", "done", "done")
+    place = f"output_dir={tmp_path}"
+    # Found in the store and used by a run: now the latest.
+    Store(tmp_path / "store").obtain("teacher", {"seed": 2}, lambda directory: None)
+    assert kdrun(["store", "gc", "--budget", "350kB", place]) == 0
+    out = capsys.readouterr().out
+    assert f"{names[0]}: would be removed, last used 1970-01-01" in out
+    assert f"{names[3]}: would be removed" in out and out.count("would be removed") == 2
+    assert left_of(tmp_path) == set(names), "without --yes nothing goes"
+    assert kdrun(["store", "gc", "--yes", "--budget=350kB", place]) == 0
+    assert left_of(tmp_path) == {names[1], names[2], names[4]}
+    capsys.readouterr()
+    assert kdrun(["store", "gc", "--yes", "--budget", "10kB", place]) == 0
+    assert left_of(tmp_path) == {names[1]}, "its run is not finished"
+    assert "stay, above the budget: runs that are not finished need them" in capsys.readouterr().out
+    assert kdrun(["store", "gc", "--yes", "--budget", "1GB", place]) == 0
+    assert left_of(tmp_path) == {names[1]}
+
+
 @pytest.mark.parametrize(
-    "words", [[], ["rm"], ["ls", "verify"], ["ls", "--yes"], ["gc", "--force"], ["../x"]]
+    ("text", "size"),
+    [("20GB", 20 * 10**9), ("1.5TiB", 1.5 * 2**40), ("500M", 5 * 10**8), ("7", 7), ("2 kib", 2048)],
+)
+def test_sizes(text: str, size: float) -> None:
+    assert read_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "many", "-1GB", "1XB", "GB", "nan", "1e9"])
+def test_what_is_no_size_is_one_line(text: str, capsys) -> None:
+    assert kdrun(["store", "gc", f"--budget={text}"]) == 2
+    assert "not a size; write it as 20GB" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["ls", "--budget", "1GB"],
+        [],
+        ["rm"],
+        ["ls", "verify"],
+        ["ls", "--yes"],
+        ["gc", "--force"],
+        ["../x"],
+    ],
 )
 def test_words_that_make_no_sense_are_one_line(words, capsys) -> None:
     assert kdrun(["store", *words]) == 2

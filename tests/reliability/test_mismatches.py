@@ -1,0 +1,161 @@
+"""What does not fit together is found before the first step, and told in one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from kdrun.checkpoints import save_weights, saved_for
+from kdrun.cli import run as kdrun
+from kdrun.data.batches import Preprocessing
+from kdrun.data.module import DataModule
+from kdrun.data.normalise import Normalisation
+from kdrun.data.resident import Samples
+from kdrun.errors import UserError
+from kdrun.fit import fit
+from kdrun.given_weights import refuse_other_data
+from kdrun.models.mlp import MLP
+from kdrun.stages import training as training_module
+from tests.tiny import WORDS, composed, digits, run, small_cnn
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(tmp_path: Path, capsys, monkeypatch) -> Refused:
+    """Runs a command that must end with one line before anything is trained; gives the line."""
+
+    def no_training(*arguments: object, **options: object) -> None:
+        raise AssertionError("training began")
+
+    def command(*words: str) -> str:
+        monkeypatch.setattr(training_module, "fit", no_training)
+        assert kdrun([*WORDS, f"output_dir={tmp_path / 'out'}", *words]) == 2
+        monkeypatch.setattr(training_module, "fit", fit)
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        return error
+
+    return command
+
+
+def weights(path: Path, width: int = 10, **signature: str) -> Path:
+    network = MLP(num_classes=width, input_shape=(1, 8, 8), hidden=(128,))
+    save_weights(network, path, digits().signature | signature)
+    return path
+
+
+HIDDEN = "teacher.hidden=[128]"
+
+
+def test_a_teacher_of_other_width(tmp_path: Path, refused: Refused) -> None:
+    path = weights(tmp_path / "a.safetensors", width=7)
+    error = refused(f"teacher.checkpoint={path}", HIDDEN)
+    assert "a.safetensors does not fit MLP: other shape: " in error
+    assert "(7, 128) in the file, (10, 128) in the network" in error
+
+
+def test_a_teacher_of_other_classes(tmp_path: Path, refused: Refused) -> None:
+    classes = json.dumps({"count": 10, "first": ["nine", "eight", "seven"], "sha256": "x"})
+    path = weights(tmp_path / "a.safetensors", 10, classes=classes)
+    error = refused(f"teacher.checkpoint={path}", HIDDEN)
+    assert "was made for other classes (10: nine, eight, seven, ...) than this data set's" in error
+    assert "(10: 0, 1, 2, ...)" in error and "teacher.allow_other_data=true" in error
+
+
+def test_a_teacher_of_other_preprocessing(tmp_path: Path, refused: Refused) -> None:
+    path = weights(
+        tmp_path / "a.safetensors", normalisation=json.dumps({"mean": [0.5], "std": [0.5]})
+    )
+    error = refused(f"teacher.checkpoint={path}", HIDDEN)
+    assert (
+        "was made for other normalisation (mean 0.5, std 0.5) than this data set's (mean" in error
+    )
+    assert "set dataset.mean and dataset.std" in error
+
+
+@pytest.mark.parametrize("word", ["teacher.allow_other_data=true", "teacher.finetune=true"])
+def test_it_may_be_wanted(tmp_path: Path, word: str) -> None:
+    normalisation = json.dumps({"mean": [0.5], "std": [0.5]})
+    node = composed("teacher=mlp", "teacher.checkpoint=x.safetensors", word).values["teacher"]
+    weights(tmp_path / "x.safetensors", normalisation=normalisation)
+    refuse_other_data(node | {"checkpoint": str(tmp_path / "x.safetensors")}, "teacher", digits())
+
+
+def test_every_weight_file_says_what_it_was_trained_on(tmp_path: Path) -> None:
+    result, directory = run(tmp_path, "teacher.allow_chance=true")
+    store = tmp_path / "store" / result["artefacts"]["teacher"]
+    for path in (
+        directory / "student.safetensors",
+        directory / "student_best.safetensors",
+        store / "network.safetensors",
+    ):
+        assert saved_for(path) == digits().signature
+    words = (f"teacher.checkpoint={store / 'network.safetensors'}", "teacher.allow_chance=true")
+    again, _ = run(tmp_path, *words)
+    assert again["networks"]["teacher"]["test"] == result["networks"]["teacher"]["test"]
+
+
+def test_files_from_elsewhere_say_nothing(tmp_path: Path) -> None:
+    torch.save(small_cnn(0).state_dict(), tmp_path / "a.pt")
+    save_weights(small_cnn(0), tmp_path / "a.safetensors")
+    assert saved_for(tmp_path / "a.pt") == saved_for(tmp_path / "a.safetensors") == {}
+    (tmp_path / "b.safetensors").write_bytes(b"torn")
+    with pytest.raises(UserError, match=r"b\.safetensors: damaged, or not safetensors"):
+        saved_for(tmp_path / "b.safetensors")
+
+
+@pytest.mark.parametrize("name", ["timm/resnet18", "torchvision/resnet18"])
+def test_the_pretrained_weights_of_a_library(name: str) -> None:
+    node = composed(f"teacher={name}", "teacher.pretrained=true").values["teacher"]
+
+    def normalised(mean: list[float], std: list[float]) -> DataModule:
+        data = Numbers(target=[0, 1] * 4, shape=[3, 32, 32], mean=mean, std=std)
+        data.prepare()
+        return data
+
+    refuse_other_data(node, "teacher", normalised([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    with pytest.raises(UserError, match="the pretrained teacher was made for other normalisation"):
+        refuse_other_data(node, "teacher", normalised([0.5] * 3, [0.5] * 3))
+
+
+class Numbers(DataModule):
+    """Samples of zeros with given class ids."""
+
+    def __init__(
+        self,
+        *,
+        target: list[int],
+        test: list[int] | None = None,
+        shape: list[int] | None = None,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+    ) -> None:
+        normalisation = Normalisation(mean or [0.0], std or [1.0])
+        super().__init__(val_fraction=0.25, preprocessing=Preprocessing(normalisation))
+        self._targets = {"train": target, "test": target if test is None else test}
+        self._shape = shape or [3]
+
+    def load(self) -> dict[str, Samples]:
+        self.class_names = ["a", "b"]
+        return {
+            name: Samples(
+                torch.zeros(len(ids), *self._shape), torch.tensor(ids), torch.arange(len(ids))
+            )
+            for name, ids in self._targets.items()
+        }
+
+
+def test_labels_outside_the_classes() -> None:
+    Numbers(target=[0, 1] * 4).prepare()
+    data = Numbers(target=[0, 1] * 4, test=[0, 1, 2])
+    with pytest.raises(UserError, match="sample 2 of the test split has the class 2, but there"):
+        data.prepare()
+    with pytest.raises(UserError, match=r"split has the class 5, but there are 2 classes"):
+        Numbers(target=[0, 1, 5, 1] * 2).prepare()
+    with pytest.raises(UserError, match="sample 0 of the test split has the class -1"):
+        Numbers(target=[0, 1] * 4, test=[-1, 1]).prepare()
