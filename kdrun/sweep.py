@@ -81,10 +81,13 @@ def summary(
     records: Sequence[Record], overrides: Iterable[Override], directory: Path, flags: Sequence[str]
 ) -> str:
     """The runs of a sweep with what varied and their validation results; the failed ones again."""
+    from kdrun.report.sweeps import shown
+
     varied = {override.key for override in overrides if override.is_sweep}
     rows = []
     for record in records:
-        told = " ".join(word for word in record.words if word.partition("=")[0] in varied)
+        pairs = [word.partition("=") for word in record.words]
+        told = " ".join(f"{key}={shown(value)}" for key, _, value in pairs if key in varied)
         value = "" if record.objective is None else f"{record.objective:.4f}"
         # Nothing runs any more: its process was ended before it could tell.
         status = "stopped" if record.status == "running" else record.status
