@@ -74,7 +74,10 @@ def read_run(directory: Path) -> FinishedRun:
     """
     if not (directory / RESULT).is_file():
         raise UserError(f"{directory} is not finished; continue it with: kdrun resume {directory}")
-    return FinishedRun(directory, load_yaml(directory / CONFIG), read_json(directory / RESULT))
+    config, result = load_yaml(directory / CONFIG), read_json(directory / RESULT)
+    # Options that a stage of the run has chosen.
+    config["student"] |= result.get("student", {})
+    return FinishedRun(directory, config, result)
 
 
 def load_student(directory: str | Path, epoch: Epoch = "last") -> nn.Module:

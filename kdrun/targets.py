@@ -18,6 +18,7 @@ from kdrun.parameters import Signature, find_source, read_signature
 
 ALLOWED = (
     # Not all of kdrun: its store writes files, its launcher starts processes.
+    "kdrun.architectures",
     "kdrun.data",
     "kdrun.layers",
     "kdrun.losses",

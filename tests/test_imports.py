@@ -51,6 +51,7 @@ LAYERS = {
     ),
     "methods": ("methods", "method"),
     "parts": (
+        "architectures",
         "losses",
         "layers",
         "selection",
