@@ -163,6 +163,11 @@ class DataModule(ABC):
         return self.train_size
 
     @property
+    def has_unlabelled(self) -> bool:
+        """Whether there are training samples without labels."""
+        return False
+
+    @property
     def prompts(self) -> list[list[str]]:
         """Every template filled in with each class's name, by class id."""
         names = [name.replace("_", " ") for name in self.class_names]
@@ -256,10 +261,7 @@ class DataModule(ABC):
     def training_loader(self, options: LoaderOptions, unlabelled: bool) -> Loader:
         """The training split, with or without unlabelled samples beside the labelled ones."""
         if unlabelled:
-            raise UserError(
-                "the method learns from samples without labels too, but this data set has none: "
-                "choose one that has, such as dataset=digits_few_shot"
-            )
+            raise UserError("this data set has no samples without labels")
         return self.loader("train", options)
 
     def validation(

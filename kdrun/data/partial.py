@@ -228,6 +228,11 @@ class PartlyLabelled(DataModule):
         other.pairs, other.steps = pairs, steps
         return other
 
+    @property
+    def has_unlabelled(self) -> bool:
+        """Whether not every training sample has a label."""
+        return len(self._parts.get("unlabelled", ())) > 0
+
     def samples_at(self, position: int, batch_size: int) -> int:
         """Labelled samples in batch ``position`` of an epoch, over all ranks."""
         if "labelled" not in self._parts:
@@ -247,7 +252,7 @@ class PartlyLabelled(DataModule):
             name = "labelled" if "labelled" in self._parts else "train"
             return self.loader(name, options)
         if unlabelled and not len(self.unlabelled):
-            raise UserError("every training sample has a label: lower dataset.shots or percent")
+            raise UserError("every training sample has a label")
         beside = replace(options, seed=stream_seed(options.seed, POOL), drop_last=False)
         steps = self.batches(options.batch_size)
         if self.pairs == "with_replacement":

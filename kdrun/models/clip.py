@@ -50,7 +50,7 @@ def clip(
     *,
     name: str,
     library: Literal["transformers", "open_clip"] = "transformers",
-    weights: str | None = None,
+    tag: str | None = None,
     pretrained: bool = True,
     head: Literal["zero_shot", "linear"] = "zero_shot",
     average: Literal["norm_mean_norm", "norm_mean", "raw_mean"] = "norm_mean_norm",
@@ -67,7 +67,7 @@ def clip(
         name: a folder written by ``save_pretrained`` or a name on the hub; with ``open_clip`` the
             name of an architecture, such as ``ViT-H-14-378-quickgelu``.
         library: ``transformers`` or ``open_clip``.
-        weights: of ``open_clip``: the tag of weights (``dfn5b``) or a file.
+        tag: of ``open_clip``: which weights (``dfn5b``), or a file of them.
         pretrained: load the weights; otherwise only the architecture is built.
         head: ``zero_shot``: fixed class embeddings. ``linear``: a layer that begins as them and is
             trained with the image tower, for students.
@@ -85,7 +85,7 @@ def clip(
     if library == "transformers":
         towers = _of_transformers(name, pretrained)
     else:
-        towers = _of_open_clip(name, weights, pretrained)
+        towers = _of_open_clip(name, tag, pretrained)
     conversion = ImageConversion(input_mean, input_std, mean, std, towers.size)
     embeddings = _embedded(towers, prompts, average)
     if head == "linear":
@@ -167,7 +167,7 @@ def _loaded(name: str, load: Any) -> Any:
         raise UserError(f"clip {name}: its files cannot be fetched or read ({reason})") from error
 
 
-def _of_open_clip(name: str, weights: str | None, pretrained: bool) -> Towers:
+def _of_open_clip(name: str, tag: str | None, pretrained: bool) -> Towers:
     try:
         import open_clip
     except ImportError as error:
@@ -176,13 +176,13 @@ def _of_open_clip(name: str, weights: str | None, pretrained: bool) -> Towers:
         ) from error
     if name not in open_clip.list_models():
         raise UserError(f"clip name={name}: open_clip has no such architecture")
-    if pretrained and weights is None:
+    if pretrained and tag is None:
         raise UserError(
-            f"clip {name}: give weights=<tag or file> of open_clip, or pretrained=false"
+            f"clip {name}: give tag=<weights of open_clip, or a file>, or pretrained=false"
         )
     try:
         model, _, _ = open_clip.create_model_and_transforms(
-            name, pretrained=weights if pretrained else None
+            name, pretrained=tag if pretrained else None
         )
     except (RuntimeError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]

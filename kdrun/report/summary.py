@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kdrun.clock import clock
@@ -23,7 +23,24 @@ def summary_table(result: Mapping[str, Any]) -> str:
         "paper": "protocol=paper: best = best epoch on the test set, as many papers report it",
     }[result["protocol"]]
     table = networks_table(result["metric"], result["networks"])
-    return f"\n{table}\n({protocol})"
+    rounds = "".join(
+        f"\n{line}" for line in round_lines(result["metric"], result.get("rounds", []))
+    )
+    return f"\n{table}\n({protocol}){rounds}"
+
+
+def round_lines(metric: str, rounds: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One line for each round of a run that buys labels: how many it had, and what they gave.
+
+    Args:
+        metric: the task's main metric.
+        rounds: as in ``result.json``.
+    """
+    return [
+        f"round {number}: {entry['labelled']:,} labels, test {metric} "
+        f"{_number(entry['networks']['distilled']['test_last'].get(metric), 2)}"
+        for number, entry in enumerate(rounds)
+    ]
 
 
 def networks_table(metric: str, networks: Mapping[str, Any]) -> str:

@@ -52,6 +52,15 @@ class Distil(Stage):
             if start:
                 existing_file(start, f"{source}.checkpoint")
 
+    def check(self, config: Mapping[str, Any], data: DataModule) -> None:
+        """Refuse data without unlabelled samples for a method that learns from them."""
+        if make_method(config["method"]).unlabelled and not data.has_unlabelled:
+            raise UserError(
+                f"{config['method']['_target_']} learns from samples without labels too, but this "
+                "data set has none: choose one that has, such as dataset=digits_few_shot, or ask "
+                "for fewer labels"
+            )
+
     def key(self, context: Context) -> dict[str, Any]:
         """Everything: this product belongs to one run."""
         config = context.config

@@ -51,9 +51,10 @@ class Rounds(Stage):
     """
 
     def __init__(self, *, stages: dict) -> None:
-        self.stages: Mapping[str, Stage] = stages
+        # A stage set to null is taken out.
+        self.stages: Mapping[str, Stage] = {n: s for n, s in stages.items() if s is not None}
         for name in ("distil", "evaluate"):
-            if name not in stages:
+            if name not in self.stages:
                 raise ValueError(f"a round needs a stage {name}")
 
     def check(self, config: Mapping[str, Any], data: DataModule) -> None:
