@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -96,3 +98,29 @@ def test_a_sweep_of_runs_of_two_processes(tmp_path):
     assert "2 runs, 0 failed" in done.stdout
     assert len(list(tmp_path.glob("outputs/sweeps/*"))) == 1
     assert {path.name for path in tmp_path.iterdir()} == {"outputs"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.3, 2.0, 3.5, 6.0])
+def test_ctrl_c_at_any_moment_is_no_traceback(tmp_path, seconds):
+    """While the processes are imported, while they find each other, and at work."""
+    environment = {k: v for k, v in os.environ.items() if k not in LAUNCHER}
+    command = [sys.executable, "-m", "kdrun", "trainer=ddp", "trainer.accelerator=cpu", *SMALL]
+    process = subprocess.Popen(
+        [*command, "training.epochs=200"],
+        cwd=tmp_path,
+        env={**environment, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        # A shell's background jobs, and what they start, do not hear it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    told, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, told
+    assert "Traceback" not in told and "gloo" not in told.lower(), told
+    if seconds > 1:
+        assert told.splitlines()[-1].startswith("interrupted"), told

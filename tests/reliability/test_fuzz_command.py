@@ -174,7 +174,10 @@ def test_config_files(tmp_path: Path, first: int) -> None:
 
 # -- commands -------------------------------------------------------------------------------------
 
-VERBS = ("ls", "show", "config", "cp", "resume", "diff", "store", "complete", "help", "--version")
+VERBS = (
+    *("ls", "show", "config", "cp", "resume", "diff", "store", "complete", "help", "--version"),
+    *("table", "report", "eval", "export"),
+)
 """Those that need no torch."""
 
 
