@@ -417,7 +417,7 @@ def test_the_command_killed_and_started_again(tmp_path: Path) -> None:
     program = Path(sys.executable).with_name("kdrun")
     words = [
         *("teacher=small_cnn", "student=mlp", "student.dropout=0.2", "trainer=cpu", "data_seed=0"),
-        *("training.epochs=30", "teacher.allow_chance=true", "training.teacher.epochs=1"),
+        *("training.epochs=12", "teacher.allow_chance=true", "training.teacher.epochs=1"),
     ]
     members = 'members=["seed=0","method=dkd seed=1"]'
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -437,11 +437,11 @@ def test_the_command_killed_and_started_again(tmp_path: Path) -> None:
         assert any(line in said for said in process.stdout), line
 
     killed = start(members)
-    until(killed, "seed=0  distil  epoch 5/")
+    until(killed, "seed=0  distil  epoch 3/")
     killed.kill()
     killed.communicate()
     stopped = start(members)
-    until(stopped, "method=dkd seed=1  distil  epoch 20/")
+    until(stopped, "method=dkd seed=1  distil  epoch 7/")
     stopped.terminate()
     said, _ = stopped.communicate()
     assert stopped.returncode == 143, said
