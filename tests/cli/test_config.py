@@ -228,8 +228,8 @@ def test_a_target_that_kdrun_does_not_have(catalogue):
     assert found == ["method._target_: kdrun.data.streaming.os.system: no such class or function"]
     found = problems(catalogue, "method._target_=kdrun.store.write_atomically")
     assert found == [
-        "method._target_: kdrun.store.write_atomically: of kdrun only data, layers, losses, "
-        "methods, models, stages, tasks are built from"
+        "method._target_: kdrun.store.write_atomically: of kdrun only architectures, data, layers, "
+        "losses, methods, models, stages, tasks are built from"
     ]
 
 
