@@ -17,6 +17,8 @@ NOT_IDENTITY = (
 
 NOT_COMPUTING = ("progress", "keep_last")
 """Likewise within ``trainer``."""
+PERMISSION = "allow_other_data"
+"""Likewise within a network that is a teacher: it only lets a run begin."""
 
 
 def fingerprint(key: Mapping[str, Any], length: int = 16) -> str:
@@ -32,6 +34,9 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
         kept.pop("data_seed", None)  # The seed, which has its own place.
     if "trainer" in kept:
         kept["trainer"] = {k: v for k, v in kept["trainer"].items() if k not in NOT_COMPUTING}
+    for name, value in kept.items():
+        if isinstance(value, dict) and PERMISSION in value:
+            kept[name] = {k: v for k, v in value.items() if k != PERMISSION}
     return kept
 
 

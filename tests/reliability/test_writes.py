@@ -139,7 +139,8 @@ def test_checkpoints_while_training_lasts_and_after(tmp_path: Path) -> None:
 
 def test_how_many_are_kept_does_not_name_another_run() -> None:
     first, second = (identity(composed(f"trainer.keep_last={n}").values) for n in (1, 5))
-    assert first == second
+    permitted = identity(composed("teacher.allow_other_data=true").values)
+    assert first == second == permitted == identity(composed().values)
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
