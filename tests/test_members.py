@@ -417,7 +417,7 @@ def test_the_command_killed_and_started_again(tmp_path: Path) -> None:
     program = Path(sys.executable).with_name("kdrun")
     words = [
         *("teacher=small_cnn", "student=mlp", "student.dropout=0.2", "trainer=cpu", "data_seed=0"),
-        *("training.epochs=12", "teacher.allow_chance=true", "training.teacher.epochs=1"),
+        *("training.epochs=20", "teacher.allow_chance=true", "training.teacher.epochs=1"),
     ]
     members = 'members=["seed=0","method=dkd seed=1"]'
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
