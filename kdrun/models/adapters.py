@@ -144,7 +144,7 @@ class ClapClassifier(_Adapted):
         anchors = base.prototypes().detach().clone()
         self.prototypes = nn.Parameter(anchors.clone())
         self.register_buffer("anchors", anchors)
-        self.register_buffer("weights", weights.clone())
+        self.register_buffer("weights", weights.detach().clone())
 
     def forward(self, images: Tensor) -> Tensor:
         """Images to logits ``(B, C)``."""

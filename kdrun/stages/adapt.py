@@ -286,7 +286,8 @@ class ClapAdapt(_Adaptation):
         folder.mkdir(exist_ok=True)
         base = _base(context)
         features, target = _embedded(base, data, "labelled")
-        zero_shot = zero_shot_logits(features, base.zero_shot_embeddings(), base.scale)
+        with torch.no_grad():
+            zero_shot = zero_shot_logits(features, base.zero_shot_embeddings(), base.scale)
         weights = multipliers(zero_shot.softmax(dim=-1), target, data.num_classes)
         network = ClapClassifier(base, weights)
         steps = max(1, self.passes * len(target) // self.batch_size)
