@@ -89,6 +89,7 @@ def assemble(
                 f"has {', '.join(given) or 'one input without a name'}; choose another dataset"
             )
     try:
+        teachers = method.wrap_teachers(teachers, batch.inputs)
         student = method.wrap(student, teachers, batch.inputs)
     except ValueError as error:
         raise UserError(f"{type(method).__name__}: {error}") from error

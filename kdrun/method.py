@@ -156,6 +156,19 @@ class Method(nn.Module):
         """
         return student
 
+    def wrap_teachers(
+        self, teachers: Mapping[str, nn.Module], sample: Any
+    ) -> Mapping[str, nn.Module]:
+        """The networks that take part in place of the teachers (built around them); by role.
+
+        Default: the teachers themselves. Called before ``wrap``.
+
+        Args:
+            teachers: the networks of ``roles``.
+            sample: inputs of two samples.
+        """
+        return teachers
+
     def setup(self, student: ModelOutput, teachers: Mapping[str, ModelOutput]) -> None:
         """Build trainable helpers (projectors, embeddings) from the shapes of one dry forward.
 

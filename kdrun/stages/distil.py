@@ -83,9 +83,8 @@ class Distil(Stage):
         )
 
     def produce(self, context: Context, name: str, directory: Path) -> None:
-        """Check the teacher, then train."""
-        assembly = assemble_run(context, training=True)
-        self._check_teachers(context, assembly)
+        """Train."""
+        assembly = self.assembled(context)
         outcome = train(
             context,
             assembly,
@@ -104,6 +103,12 @@ class Distil(Stage):
                     f"first step; raise its weight in method.* if it is meant to matter"
                 )
 
+    def assembled(self, context: Context) -> Assembly:
+        """The method and all networks, the frozen teachers checked."""
+        assembly = assemble_run(context, training=True)
+        self._check_teachers(context, assembly)
+        return assembly
+
     def _check_teachers(self, context: Context, assembly: Assembly) -> None:
         """Print each frozen teacher's validation result; refuse one that knows nothing."""
         task = context.task
@@ -120,20 +125,20 @@ class Distil(Stage):
                 reference="exact" if "exact" in networks else None,
             )[role]
             value = metrics[task.objective]
-            context.console.say(
-                f"{role}: {context.names.get(role, role)}, validation {task.objective} {value:.2f}"
-            )
+            named = context.names.get(source, source)
+            context.console.say(f"{role}: {named}, validation {task.objective} {value:.2f}")
             if "agreement" in metrics:
                 self._report_agreement(context, source, metrics["agreement"])
             chance = task.chance()
-            if chance is None or context.limit_batches or context.config["teacher"]["allow_chance"]:
+            allowed = context.config[source]["allow_chance"]
+            if chance is None or context.limit_batches or allowed:
                 continue
             guess, margin = chance
             if (value - guess if task.direction == "max" else guess - value) < margin:
                 raise UserError(
                     f"the {role} is at chance ({task.objective} {value:.2f} on validation, "
                     f"guessing gives {guess:.2f}): train it longer or choose another; "
-                    "teacher.allow_chance=true distils from it all the same"
+                    f"{source}.allow_chance=true distils from it all the same"
                 )
 
     def _report_agreement(self, context: Context, source: str, agreement: float) -> None:

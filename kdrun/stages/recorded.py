@@ -57,6 +57,10 @@ def refuse_unrecordable(cache: dict[str, Any], method: Method, num_classes: int)
             f"teacher.cache={kind}: {name} learns from samples without labels too, whose outputs "
             "are not recorded; set it to none"
         )
+    if type(method).wrap_teachers is not Method.wrap_teachers:
+        raise UserError(
+            f"teacher.cache={kind}: {name} runs its teacher in another form; set it to none"
+        )
     if type(method).augment is not Method.augment:
         raise UserError(
             f"teacher.cache={kind}: {name} changes the batches that its teacher sees; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import ClassVar, Literal
 
 from torch import Tensor, nn
@@ -23,8 +24,14 @@ class Task:
     """
 
     name: ClassVar[str]
-    objective: ClassVar[str]
-    direction: ClassVar[Literal["max", "min"]]
+    objective: str
+    direction: Literal["max", "min"]
+
+    def judged_by(self, metric: str, direction: Literal["max", "min"]) -> Task:
+        """This task with another metric for its objective."""
+        task = copy.copy(self)
+        task.objective, task.direction = metric, direction
+        return task
 
     def forward(self, network: nn.Module, batch: Batch) -> ModelOutput:
         """Run a network on a batch."""

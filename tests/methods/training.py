@@ -125,6 +125,9 @@ def start(
         for role, source in method.roles().items()
     }
     two = data.rows(slice(2))
+    others = dict(method.wrap_teachers(others, two.inputs))
+    for role in others.keys() - set(method.trainable_roles):
+        others[role].eval().requires_grad_(False)
     student = method.wrap(student, others, two.inputs)
     taps = method.taps()
     session = Session(

@@ -9,7 +9,7 @@ import pytest
 from kdrun.build import allowing
 from kdrun.catalogue import Catalogue, is_further_network, is_group, open_catalogue
 from kdrun.config import compose
-from kdrun.errors import ConfigErrors
+from kdrun.errors import ConfigErrors, UserError
 from kdrun.experiment import run_experiment
 from kdrun.validation import check
 from tests.tiny import WORDS
@@ -39,6 +39,16 @@ def catalogue(tmp_path: Path) -> Catalogue:
 
 
 USES = ("method=two_teachers", "allow_packages=[tests]")
+
+
+def test_a_further_teacher_at_chance_is_refused_by_its_own_name(
+    catalogue: Catalogue, tmp_path: Path
+) -> None:
+    words = (*USES, *WORDS, f"output_dir={tmp_path}", "second_teacher.widths=[2]")
+    words = (*words, "teacher.allow_chance=true", "training.optimizer.lr=1e-9")
+    config = compose(words, catalogue)
+    with pytest.raises(UserError, match="second_teacher.allow_chance=true distils from it"):
+        run_experiment(config.values, names=config.names, overrides=[], command=[])
 
 
 def problems(catalogue: Catalogue, *words: str) -> list[str]:
