@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -174,6 +174,46 @@ def open_hub(
     """
     import datasets
 
+    columns = {"image_column": image_column, "label_column": label_column}
+    rows = open_split(name, split, columns, folder, configuration, revision)
+    if not isinstance(rows.features[image_column], datasets.Image):
+        raise UserError(f"{folder or name}: the column {image_column!r} does not hold images")
+    rows = rows.select_columns([image_column, label_column])
+    rows = rows.cast_column(image_column, datasets.Image(decode=False))
+    label = f"{folder or name}, {split}"
+    target, class_names = classes_of(rows, label_column, label)
+    content = f"{split} {content_of(data_files(folder), folder) if folder else _stored_as(rows)}"
+    return HubSource(rows, image_column, target, class_names, content, label)
+
+
+def _stored_as(rows: Any) -> str:
+    """Configuration, version and commit of a hub data set, as its local copy is named."""
+    return " ".join("/".join(Path(file["filename"]).parts[-4:]) for file in rows.cache_files)
+
+
+def open_split(
+    name: str,
+    split: str,
+    columns: Mapping[str, str],
+    folder: Path | None,
+    configuration: str | None = None,
+    revision: str | None = None,
+) -> Any:
+    """The rows of one split of a hub data set, or of a local folder with the same layout.
+
+    Args:
+        name: on the hub.
+        split: as the data set calls it.
+        columns: those that must be there, by the option that names each.
+        folder: the local copy; None asks the hub.
+        configuration: of data sets that have several.
+        revision: commit or tag on the hub.
+
+    Raises:
+        UserError: one line: not found, unreadable (naming the file), no such split or column.
+    """
+    import datasets
+
     try:
         loaded = datasets.load_dataset(
             str(folder or name), configuration, revision=None if folder else revision
@@ -184,28 +224,16 @@ def open_hub(
     if split not in loaded:
         raise UserError(f"{folder or name} has no split {split!r}; it has {', '.join(loaded)}")
     rows = loaded[split]
-    for column, option in ((image_column, "image_column"), (label_column, "label_column")):
+    for option, column in columns.items():
         if column not in rows.column_names:
-            columns = ", ".join(rows.column_names)
+            present = ", ".join(rows.column_names)
             raise UserError(
-                f"{folder or name} has no column {column!r} (dataset.{option}); it has {columns}"
+                f"{folder or name} has no column {column!r} (dataset.{option}); it has {present}"
             )
-    if not isinstance(rows.features[image_column], datasets.Image):
-        raise UserError(f"{folder or name}: the column {image_column!r} does not hold images")
-    rows = rows.select_columns([image_column, label_column])
-    rows = rows.cast_column(image_column, datasets.Image(decode=False))
-    label = f"{folder or name}, {split}"
-    target, class_names = _classes(rows, label_column, label)
-    content = f"{split} {content_of(data_files(folder), folder) if folder else _stored_as(rows)}"
-    return HubSource(rows, image_column, target, class_names, content, label)
+    return rows
 
 
-def _stored_as(rows: Any) -> str:
-    """Configuration, version and commit of a hub data set, as its local copy is named."""
-    return " ".join("/".join(Path(file["filename"]).parts[-4:]) for file in rows.cache_files)
-
-
-def _classes(rows: Any, column: str, label: str) -> tuple[Tensor, list[str]]:
+def classes_of(rows: Any, column: str, label: str) -> tuple[Tensor, list[str]]:
     """Class ids and names from a column of class labels, numbers or text."""
     try:
         values, feature = rows[column][:], rows.features[column]
