@@ -44,17 +44,15 @@ class Distil(Stage):
     """Train the student by the method, from the same initial weights as the student alone."""
 
     def check(self, config: Mapping[str, Any], data: DataModule) -> None:
-        """Refuse settings and checkpoints with which further networks cannot be trained."""
+        """Refuse settings and checkpoints with which further networks cannot be trained, and data
+        without unlabelled samples for a method that learns from them."""
         method = make_method(config["method"])
         own_settings(config, method)
         for source in trained_sources(method).values():
             start = config.get(source, {}).get("checkpoint")
             if start:
                 existing_file(start, f"{source}.checkpoint")
-
-    def check(self, config: Mapping[str, Any], data: DataModule) -> None:
-        """Refuse data without unlabelled samples for a method that learns from them."""
-        if make_method(config["method"]).unlabelled and not data.has_unlabelled:
+        if method.unlabelled and not data.has_unlabelled:
             raise UserError(
                 f"{config['method']['_target_']} learns from samples without labels too, but this "
                 "data set has none: choose one that has, such as dataset=digits_few_shot, or ask "
