@@ -259,6 +259,7 @@ def test_one_step_on_small_networks_of_the_same_classes(tmp_path: Path, words: t
         (("method=dho", "recipe=dho_tip", "dataset=digits"), "adapts the teacher to few labels"),
         (("method=dho", "teacher=clip", "teacher.name=/no/folder"), "no such folder"),
         (("method=dho", "dataset.names=[a,b]"), "2 names for 10 classes"),
+        (("method=dho", "teacher.cache=logits"), "whose outputs are not recorded"),
     ],
 )
 def test_one_line_before_anything_is_trained(words: tuple, said: str, tmp_path: Path) -> None:
