@@ -307,7 +307,8 @@ def _how_to_load(
     request: ExportRequest, directory: Path, data: DataModule, batch: Batch
 ) -> list[str]:
     shape = ", ".join(map(str, ("B", *batch.inputs.shape[1:])))
-    inputs = f"# inputs: float32 ({shape})"
+    kind = str(batch.inputs.dtype).removeprefix("torch.")
+    inputs = f"# inputs: {kind} ({shape})"
     scale = data.preprocessing.normalisation
     if scale is not None and len(scale.mean) <= 4:
         mean, std = (

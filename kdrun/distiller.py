@@ -280,6 +280,9 @@ class Distiller(LightningModule):
         """Weight of a part in the mean over the whole batch of all ranks."""
         if self.optimization.accumulate == 1 and distributed.world_size() == 1:
             return 1.0
+        if batch.mask is not None and distributed.world_size() == 1:
+            # A mean over the positions that count weighs as many of these as it has.
+            return float(part.mask.sum() / batch.mask.sum().clamp(min=1))
         samples = len(batch)
         if distributed.world_size() > 1 and self.global_batch is not None:
             samples = self.global_batch(self.position) / distributed.world_size()

@@ -33,8 +33,8 @@ class Fidelity:
 
     def update(self, output: ModelOutput, reference: ModelOutput, batch: Batch) -> None:
         """Add one batch; both outputs have logits ``(B, ..., C)``."""
-        log_p = reference.logits.float().log_softmax(-1)
-        log_q = output.logits.float().log_softmax(-1)
+        log_p = reference.dense_logits.float().log_softmax(-1)
+        log_q = output.dense_logits.float().log_softmax(-1)
         kl = (log_p.exp() * (log_p - log_q)).sum(-1)
         same = (log_p.argmax(-1) == log_q.argmax(-1)).float()
         weight = torch.ones_like(kl) if batch.mask is None else batch.mask.to(kl.dtype)

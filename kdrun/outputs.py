@@ -126,6 +126,11 @@ class ModelOutput:
         return ModelOutput(self.logits[rows], _cut(self.features, rows), _cut(self.extra, rows))
 
     @property
+    def dense_logits(self) -> Tensor:
+        """The logits, computed if they have not been yet."""
+        return self.logits.dense() if isinstance(self.logits, HeadLogits) else self.logits
+
+    @property
     def stages(self) -> list[Tensor]:
         """The tapped stage features, shallow to deep."""
         names = [name for name in self.features if re.fullmatch(r"stage\d+", name)]

@@ -23,6 +23,7 @@ from benchmarks.process import bench_process
 from benchmarks.reports import bench_reports
 from benchmarks.startup import bench_startup
 from benchmarks.step import bench_step
+from benchmarks.vocabulary import bench_vocabulary, vocabulary_child
 
 
 def main() -> None:
@@ -68,6 +69,19 @@ def main() -> None:
     epoch.add_argument("--teacher", help="safetensors file of a trained teacher")
     epoch.set_defaults(run=lambda o: bench_epoch(o.pair, o.per_class, o.rounds, o.teacher))
 
+    vocabulary = commands.add_parser("vocabulary", help="memory of losses over many classes")
+    _vocabulary_options(vocabulary)
+    vocabulary.add_argument("--no-plain", action="store_true", help="where it does not fit")
+    vocabulary.set_defaults(
+        run=lambda o: bench_vocabulary(o.tokens, o.classes, o.width, o.chunk, not o.no_plain)
+    )
+    child = commands.add_parser("vocabulary-child")
+    _vocabulary_options(child)
+    child.add_argument("--kind", choices=("plain", "chunked"), required=True)
+    child.set_defaults(
+        run=lambda o: vocabulary_child(o.kind, o.tokens, o.classes, o.width, o.chunk)
+    )
+
     process = commands.add_parser("process", help="a whole process over that of a plain script")
     process.add_argument("--rounds", type=int, default=7)
     process.set_defaults(run=lambda o: bench_process(o.rounds))
@@ -79,6 +93,13 @@ def main() -> None:
 
     options = parser.parse_args()
     options.run(options)
+
+
+def _vocabulary_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--classes", type=int, default=131_072)
+    parser.add_argument("--width", type=int, default=256, help="of the hidden states")
+    parser.add_argument("--chunk", type=int, default=128, help="positions at a time")
 
 
 def _pairs(chosen: str | None) -> list[str]:

@@ -318,7 +318,7 @@ def test_a_step_trains_exactly_what_it_should(name: str, task: str) -> None:
             assert torch.equal(value, state[key]), f"the step changed {key} of a frozen network"
 
 
-@each_task
+@each_task_where(lambda cls: not cls.offline)
 def test_every_term_but_the_supervised_needs_the_teacher(name: str, task: str) -> None:
     case = case_of(name, task)
     session = session_of(name, case)

@@ -52,8 +52,9 @@ class TextFolder:
     def load(self) -> dict[str, list[Document]]:
         """The files as documents of one split."""
         given = Path(self.path).expanduser()
-        root = given if given.is_file() else data_folder(self.path)
-        if root is None:
+        is_place = given.exists() or self.path.startswith(("/", ".", "~"))
+        root = given if is_place else data_folder(self.path)
+        if root is None or not root.exists():
             raise UserError(f"dataset.source.path={self.path}: no such file or folder")
         files = [root] if root.is_file() else list(root.rglob(self.pattern))
         files = [file for file in files if file.is_file()]
@@ -95,6 +96,8 @@ class StandardLibrary:
             if size > self.bytes_at_most:
                 break
             texts.append(text)
+        if not texts:
+            raise UserError(f"dataset.source.bytes_at_most={self.bytes_at_most}: holds no file")
         return {"train": _plain(texts, str(root))}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from abc import ABC, abstractmethod
@@ -172,6 +173,13 @@ class DataModule(ABC):
         """Every template filled in with each class's name, by class id."""
         names = [name.replace("_", " ") for name in self.class_names]
         return [[template.format(name) for template in self.templates] for name in names]
+
+    def with_train(self, train: Part) -> DataModule:
+        """This data set with other training samples; validation and test stay."""
+        other = copy.copy(self)
+        other._parts = self._parts | {"train": train}
+        other.train_size = len(train)
+        return other
 
     @property
     def for_teacher(self) -> DataModule:

@@ -46,3 +46,22 @@ def sinkhorn_plan(cost: Tensor, *, epsilon: float, iterations: int) -> Tensor:
         log_plan = log_plan - log_plan.logsumexp(dim=-1, keepdim=True)
         log_plan = log_plan - log_plan.logsumexp(dim=-2, keepdim=True)
     return log_plan.exp()
+
+
+def counted_costs(cost: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """Costs under which points that do not count take no part in a plan.
+
+    Such a point may only be transported onto itself, for nothing; the others only onto each other.
+    Their rows and columns are then scaled as if they were alone.
+
+    Args:
+        cost: ``(..., N, N)``.
+        counted: ``(..., N)``, true at the points that count, of both clouds alike.
+
+    Returns:
+        The costs for ``sinkhorn_plan``, and ``(..., N, N)``, true where both points count.
+    """
+    pairs = counted.unsqueeze(-1) & counted.unsqueeze(-2)
+    itself = torch.eye(cost.shape[-1], dtype=torch.bool, device=cost.device)
+    allowed = cost.masked_fill(~pairs, torch.inf)
+    return allowed.masked_fill(itself & ~pairs, 0.0), pairs

@@ -56,6 +56,7 @@ class DIST(Method):
         supervised_weight: factor of the task's own loss.
     """
 
+    tasks = ("classification", "language_modelling")
     relational = True
     zero_at_equality = True
 

@@ -34,6 +34,7 @@ class DKD(Method):
         supervised_weight: factor of the task's own loss.
     """
 
+    tasks = ("classification", "language_modelling")
     zero_at_equality = True
 
     def __init__(

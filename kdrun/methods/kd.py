@@ -33,6 +33,7 @@ class KD(Method):
         supervised_weight: factor of the task's own loss.
     """
 
+    tasks = ("classification", "language_modelling")
     zero_at_equality = True
 
     def __init__(

@@ -18,6 +18,14 @@ kernel, this file its logarithm: the same plan. The batch is an unordered cloud;
 know which student sample belongs to which teacher sample. The sample-wise ablation transports each
 sample to itself: L_sinkhorn is then the sum of ``|p_i - q_i|_1``, with tau 1.
 
+Of sequences ``(B, L, C)`` there is a choice of points. ``label_words``: one point per sequence, its
+logits at the first position that counts, over the few tokens that stand for the classes, as the T0
+code has it in a comment. ``tokens``: every position that counts, at most ``tokens_at_most`` of them
+drawn anew in each step, one problem for the batch. ``tokens_per_sequence``: one problem for each
+sequence, summed, as in the authors' Multi-Level OT. What the T0 release runs, a softmax over
+positions normalised over the batch, is not offered. ``top_k`` keeps the teacher's likeliest classes
+of the batch, renormalised on both sides.
+
 Each process solves the problem of its own batch, as in the release; ``gather`` makes it one problem
 over the batches of all ranks. Diagnostics, of that problem: ``sinkhorn_cost`` (transport cost per
 sample), ``sinkhorn_diagonal`` (share of the mass that stays with its own sample) and
@@ -26,21 +34,26 @@ sample), ``sinkhorn_diagonal`` (share of the mass that stays with its own sample
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdrun.losses import distributed
 from kdrun.losses.divergence import soft_cross_entropy
 from kdrun.losses.feature_maps import mean_squared_error
-from kdrun.losses.optimal_transport import pairwise_l1, sinkhorn_plan
+from kdrun.losses.optimal_transport import counted_costs, pairwise_l1, sinkhorn_plan
 from kdrun.losses.precision import full_precision
+from kdrun.losses.sequence import drawn_positions, first_counted, likeliest_classes
 from kdrun.method import Method
 from kdrun.outputs import Batch, ModelOutput, Progress
-from kdrun.parameters import Fraction, NonNegative, Positive, PositiveInt
+from kdrun.parameters import Fraction, NonNegative, NonNegativeInt, Positive, PositiveInt
+
+MOST_LABEL_WORDS = 64
+"""More first tokens than that are running text, not names of classes."""
 
 # Per task, the paper tunes alpha, kd_form and temperature; "glue" carries those of SST-2 and
 # conf/method/sinkhorn.yaml lists the others.
@@ -71,6 +84,20 @@ PRESETS: dict[str, dict[str, Any]] = {
         "epsilon": 0.1,
         "iterations": 20,
     },
+    # The paper's, for T0 and GPT-Neo on prompted SuperGLUE.
+    "superglue": {
+        "supervised_weight": 1.0,
+        "alpha": 0.1,
+        "kd_form": "kd",
+        "temperature": 1.0,
+        "t_squared": False,
+        "beta": 1.0,
+        "scale": 8e-4,
+        "reduction": "sum",
+        "sinkhorn_temperature": 2.0,
+        "epsilon": 0.1,
+        "iterations": 20,
+    },
 }
 
 # The sample-wise ablation of the paper has its own temperature, in either preset.
@@ -91,29 +118,41 @@ class Constants:
     sinkhorn_temperature: float
     epsilon: float
     iterations: int
+    supervised_weight: float | None = None
 
 
 @full_precision
 def transport(
-    student: Tensor, teacher: Tensor, *, temperature: float, epsilon: float, iterations: int
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: float,
+    epsilon: float,
+    iterations: int,
+    counted: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Transport a batch of student distributions onto the teacher's.
 
     Args:
-        student: logits ``(B, C)``.
-        teacher: logits ``(B, C)``.
+        student: logits ``(..., B, C)``.
+        teacher: logits ``(..., B, C)``.
         temperature: tau, which softens both distributions.
         epsilon: strength of the entropic regularisation.
         iterations: pairs of row and column steps.
+        counted: ``(..., B)``, true at the samples that take part; None: all do.
 
     Returns:
-        The plan ``(B, B)``, of total mass B, and the cost ``(B, B)`` it was made for; row i is a
-        student sample, column j a teacher sample.
+        The plan ``(..., B, B)``, whose mass is the number of samples that take part, and the cost
+        it was made for; row i is a student sample, column j a teacher sample.
     """
     cost = pairwise_l1(
         F.softmax(student / temperature, dim=-1), F.softmax(teacher / temperature, dim=-1)
     )
-    return sinkhorn_plan(cost, epsilon=epsilon, iterations=iterations), cost
+    if counted is None:
+        return sinkhorn_plan(cost, epsilon=epsilon, iterations=iterations), cost
+    allowed, pairs = counted_costs(cost, counted)
+    plan = sinkhorn_plan(allowed, epsilon=epsilon, iterations=iterations)
+    return plan.masked_fill(~pairs, 0.0), cost
 
 
 @full_precision
@@ -130,9 +169,10 @@ class Sinkhorn(Method):
     ``None`` stands for the value of the preset; whatever is given is used as given.
 
     Args:
-        preset: ``vision`` (ours) or ``glue`` (the paper's weights for text).
+        preset: ``vision`` (ours), ``glue`` or ``superglue`` (the paper's weights for text).
         variant: one transport problem per batch, or the ablation with one per sample.
-        alpha: share of L_kd; CE has the rest.
+        supervised_weight: factor of CE; None, with the first two presets: 1 - alpha.
+        alpha: share of L_kd.
         kd_form: ``kd`` keeps the temperature, ``kd_anneal`` lowers it to 1, linearly by epochs.
         temperature: T of L_kd.
         t_squared: multiply L_kd by T^2.
@@ -143,15 +183,22 @@ class Sinkhorn(Method):
         epsilon: strength of the entropic regularisation.
         iterations: pairs of row and column steps.
         gather: transport the batches of all ranks together.
+        points: what is transported; None: samples, or the tokens of sequences.
+        label_words: token ids that stand for the classes; None: the tokens that come first in the
+            training responses.
+        tokens_at_most: points of one problem with ``tokens``; more are drawn from.
+        top_k: classes that are kept, the teacher's likeliest in the batch; None: all.
     """
 
+    tasks = ("classification", "language_modelling")
     relational = True
 
     def __init__(
         self,
         *,
-        preset: Literal["vision", "glue"] = "vision",
+        preset: Literal["vision", "glue", "superglue"] = "vision",
         variant: Literal["batchwise", "samplewise"] = "batchwise",
+        supervised_weight: NonNegative | None = None,
         alpha: Fraction | None = None,
         kd_form: Literal["kd", "kd_anneal"] | None = None,
         temperature: Positive | None = None,
@@ -163,9 +210,14 @@ class Sinkhorn(Method):
         epsilon: Positive | None = None,
         iterations: PositiveInt | None = None,
         gather: bool = False,
+        points: Literal["samples", "label_words", "tokens", "tokens_per_sequence"] | None = None,
+        label_words: list[NonNegativeInt] | None = None,
+        tokens_at_most: PositiveInt = 256,
+        top_k: PositiveInt | None = None,
     ) -> None:
         super().__init__()
         given = {
+            "supervised_weight": supervised_weight,
             "alpha": alpha,
             "kd_form": kd_form,
             "temperature": temperature,
@@ -183,16 +235,46 @@ class Sinkhorn(Method):
         self.variant = variant
         self.gather = gather
         self.is_regression = False
+        self.points, self.tokens_at_most, self.top_k = points, tokens_at_most, top_k
+        self.register_buffer("label_words", None)
+        if label_words is not None:
+            self.label_words = torch.tensor(label_words)
 
     def setup(self, student: ModelOutput, teachers: Mapping[str, ModelOutput]) -> None:
         """A single output is a regression: there is no distribution to transport.
 
         Raises:
-            ValueError: the logits are not ``(B, C)``.
+            ValueError: the points are not those of such logits.
         """
-        if student.logits.ndim != 2:
-            raise ValueError(f"it compares logits (B, C), got {tuple(student.logits.shape)}")
-        self.is_regression = student.logits.shape[1] == 1
+        shape = tuple(student.logits.shape)
+        if self.points is None:
+            self.points = "samples" if len(shape) == 2 else "tokens"
+        if len(shape) != (2 if self.points == "samples" else 3):
+            raise ValueError(f"points={self.points}: not for logits of shape {shape}")
+        if self.variant == "samplewise" and self.points == "tokens_per_sequence":
+            raise ValueError("variant=samplewise has no batch to cut into sequences: points=tokens")
+        self.is_regression = shape[-1] == 1
+
+    def prepare(self, teachers: Mapping[str, nn.Module], loader: Iterable[Batch]) -> None:
+        """Find the label words: the tokens that come first in the training responses.
+
+        Raises:
+            ValueError: nothing marks the responses, or they begin with too many different tokens.
+        """
+        if self.points != "label_words" or self.label_words is not None:
+            return
+        found = torch.empty(0, dtype=torch.int64)
+        for batch in loader:
+            if batch.mask is None:
+                raise ValueError("points=label_words: nothing marks where responses begin")
+            words = first_counted(batch.target, batch.mask).to(found.device)
+            found = torch.cat([found, words]).unique()
+        if not 2 <= len(found) <= MOST_LABEL_WORDS:
+            raise ValueError(
+                f"points=label_words: responses begin with {len(found)} different tokens, which "
+                "are no classes; give label_words"
+            )
+        self.label_words = found.to(batch.target.device)
 
     def losses(
         self,
@@ -209,20 +291,55 @@ class Sinkhorn(Method):
             error = mean_squared_error(ours / temperature, theirs / temperature)
             return {"supervised": supervised, "kd": error}
         kd = soft_cross_entropy(
-            ours, theirs, temperature=temperature, t_squared=self.constants.t_squared
+            ours,
+            theirs,
+            temperature=temperature,
+            t_squared=self.constants.t_squared,
+            mask=batch.mask,
         )
-        return {"supervised": supervised, "kd": kd, "sinkhorn": self.sinkhorn(ours, theirs)}
+        chosen = self.chosen(ours, theirs, batch.mask)
+        return {"supervised": supervised, "kd": kd, "sinkhorn": self.sinkhorn(*chosen)}
 
-    def sinkhorn(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The unscaled Sinkhorn term of logits ``(B, C)``; records the diagnostics."""
+    def chosen(
+        self, student: Tensor, teacher: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The logits of the points, and which of these count; None: all of them."""
+        if self.points in (None, "samples"):
+            return student, teacher, None
+        if mask is None:
+            mask = student.new_ones(student.shape[:-1], dtype=torch.bool)
+        if self.points == "label_words":
+            words = self.label_words.to(student.device)
+            return (
+                first_counted(student, mask)[:, words],
+                first_counted(teacher, mask)[:, words],
+                None,
+            )
+        if self.top_k is not None:
+            classes = likeliest_classes(teacher.flatten(0, 1), mask.flatten(), self.top_k)
+            student, teacher = student[..., classes], teacher[..., classes]
+        if self.points == "tokens_per_sequence":
+            return student, teacher, mask
+        rows, counted = drawn_positions(mask.flatten(), self.tokens_at_most)
+        return student.flatten(0, 1)[rows], teacher.flatten(0, 1)[rows], counted
+
+    def sinkhorn(self, student: Tensor, teacher: Tensor, counted: Tensor | None = None) -> Tensor:
+        """The unscaled Sinkhorn term of points ``(..., N, C)``; records the diagnostics.
+
+        Args:
+            student: logits.
+            teacher: logits.
+            counted: ``(..., N)``, true at the points that take part; None: all do.
+        """
         constants = self.constants
         if self.gather:
             student, teacher = distributed.gather(student), distributed.gather(teacher)
+            counted = None if counted is None else distributed.gather(counted)
         if self.variant == "samplewise":
             distances = samplewise_distance(
                 student, teacher, temperature=constants.sinkhorn_temperature
             )
-            total = distances.sum()
+            total = distances.sum() if counted is None else (distances * counted).sum()
         else:
             plan, cost = transport(
                 student,
@@ -230,11 +347,15 @@ class Sinkhorn(Method):
                 temperature=constants.sinkhorn_temperature,
                 epsilon=constants.epsilon,
                 iterations=constants.iterations,
+                counted=counted,
             )
             total = (plan * cost).sum()
-            self.record("sinkhorn_diagonal", plan.diagonal().mean())
-            self.record("sinkhorn_row_error", (plan.sum(dim=1) - 1).abs().max())
-        mean = total / len(student)
+            takes_part = plan.new_ones(plan.shape[:-1]) if counted is None else counted.to(plan)
+            stays = plan.diagonal(dim1=-2, dim2=-1).sum() / takes_part.sum().clamp(min=1)
+            self.record("sinkhorn_diagonal", stays)
+            self.record("sinkhorn_row_error", (plan.sum(dim=-1) - takes_part).abs().max())
+        number = len(student) if counted is None else counted.sum().clamp(min=1)
+        mean = total / number
         self.record("sinkhorn_cost", mean)
         return total if constants.reduction == "sum" else mean
 
@@ -248,7 +369,9 @@ class Sinkhorn(Method):
     def weights(self, progress: Progress) -> dict[str, float]:
         """Constant factors."""
         constants = self.constants
-        weights = {"supervised": 1.0 - constants.alpha, "kd": constants.alpha}
+        supervised = constants.supervised_weight
+        supervised = 1.0 - constants.alpha if supervised is None else supervised
+        weights = {"supervised": supervised, "kd": constants.alpha}
         if not self.is_regression:
             weights["sinkhorn"] = constants.beta * constants.scale
         return weights

@@ -220,7 +220,10 @@ def train(
     if options["compile"]:
         compile_networks(distiller)
     distiller.to(device)
-    assembly.method.prepare(distiller.frozen | recorded, loader)
+    try:
+        assembly.method.prepare(distiller.frozen | recorded, loader)
+    except ValueError as error:
+        raise UserError(f"{type(assembly.method).__name__}: {error}") from error
     for network in recorded.values():
         network.cpu()  # Its memory is free for training.
     if context.member is not None:

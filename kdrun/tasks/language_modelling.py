@@ -140,15 +140,17 @@ class LanguageModelling(Task):
         """Of each position, ``(N,)``; logits that do not exist yet are made again for backward."""
         if isinstance(logits, HeadLogits):
             return checkpoint(_of_head, logits, target, smoothing, use_reentrant=False)
-        return functional.cross_entropy(
-            logits.float(), target, reduction="none", label_smoothing=smoothing
-        )
+        return _cross_entropy(logits, target, smoothing)
 
 
 Logits = Tensor | HeadLogits
 
 
 def _of_head(logits: HeadLogits, target: Tensor, smoothing: float) -> Tensor:
-    return functional.cross_entropy(
-        logits.dense().float(), target, reduction="none", label_smoothing=smoothing
-    )
+    return _cross_entropy(logits.dense(), target, smoothing)
+
+
+def _cross_entropy(logits: Tensor, target: Tensor, smoothing: float) -> Tensor:
+    """In fp32 or wider, whatever precision the network runs in."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return functional.cross_entropy(logits, target, reduction="none", label_smoothing=smoothing)

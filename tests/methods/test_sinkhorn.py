@@ -203,9 +203,103 @@ def test_a_single_output_is_a_regression() -> None:
     assert result["kd"].item() == pytest.approx((0.25 + 1) / 2)
 
 
-def test_logits_of_sequences_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"\(B, C\)"):
-        Sinkhorn().setup(ModelOutput(torch.zeros(2, 3, 4)), {})
+def test_points_must_be_those_of_the_logits() -> None:
+    with pytest.raises(ValueError, match=r"points=samples: not for logits of shape \(2, 3, 4\)"):
+        Sinkhorn(points="samples").setup(ModelOutput(torch.zeros(2, 3, 4)), {})
+    with pytest.raises(ValueError, match=r"points=tokens: not for logits of shape \(2, 3\)"):
+        Sinkhorn(points="tokens").setup(ModelOutput(torch.zeros(2, 3)), {})
+
+
+# -- sequences ------------------------------------------------------------------------------------
+
+
+def sequences(samples: int = 3, length: int = 4, classes: int = 5):
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, samples, length, classes)
+    logits = torch.randn(shape, dtype=torch.float64, generator=generator).unbind()
+    mask = torch.tensor([[0, 1, 1, 0], [0, 0, 1, 0], [1, 1, 1, 1]], dtype=torch.bool)
+    return *logits, mask
+
+
+def of_points(points: str, **options) -> tuple[Sinkhorn, torch.Tensor]:
+    student, teacher, mask = sequences()
+    method = Sinkhorn(preset="superglue", points=points, **options)
+    method.setup(ModelOutput(student), {})
+    return method, method.sinkhorn(*method.chosen(student, teacher, mask))
+
+
+def cost_of(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    return raw_cost(student, teacher)
+
+
+def test_tokens_are_one_cloud_of_the_positions_that_count() -> None:
+    student, teacher, mask = sequences()
+    torch.testing.assert_close(of_points("tokens")[1], cost_of(student[mask], teacher[mask]))
+
+
+def test_tokens_per_sequence_are_a_cloud_each() -> None:
+    student, teacher, mask = sequences()
+    parts = [cost_of(s[m], t[m]) for s, t, m in zip(student, teacher, mask, strict=True)]
+    torch.testing.assert_close(of_points("tokens_per_sequence")[1], sum(parts))
+
+
+def test_label_words_are_compared_where_the_response_begins() -> None:
+    student, teacher, mask = sequences()
+    rows, places, words = torch.arange(3), torch.tensor([1, 2, 0]), torch.tensor([4, 1])
+    expected = cost_of(student[rows, places][:, words], teacher[rows, places][:, words])
+    torch.testing.assert_close(of_points("label_words", label_words=[4, 1])[1], expected)
+
+
+def test_label_words_are_what_training_responses_begin_with() -> None:
+    _, _, mask = sequences()
+    target = torch.tensor([[9, 3, 9, 9], [9, 9, 0, 9], [3, 9, 9, 9]])
+    method, loader = Sinkhorn(points="label_words"), [Batch(target, target, rows(3), mask)]
+    method.prepare({}, loader)
+    assert method.label_words.tolist() == [0, 3]
+    with pytest.raises(ValueError, match="nothing marks where responses begin"):
+        Sinkhorn(points="label_words").prepare({}, [Batch(target, target, rows(3))])
+    same = [Batch(target, torch.full_like(target, 2), rows(3), mask)]
+    with pytest.raises(ValueError, match="begin with 1 different tokens"):
+        Sinkhorn(points="label_words").prepare({}, same)
+
+
+def rows(count: int) -> torch.Tensor:
+    return torch.arange(count)
+
+
+def test_a_few_tokens_are_drawn_from_those_that_count() -> None:
+    student, teacher, mask = sequences()
+    method = Sinkhorn(preset="superglue", points="tokens", tokens_at_most=5)
+    seen = set()
+    for _ in range(20):
+        ours, theirs, counted = method.chosen(student, teacher, mask)
+        assert ours.shape == (5, 5) and counted.all()
+        places = (student.flatten(0, 1)[:, None] == ours).all(-1).nonzero()[:, 0]
+        torch.testing.assert_close(teacher.flatten(0, 1)[places].sum(0), theirs.sum(0))
+        seen |= set(places.tolist())
+    assert seen == set(mask.flatten().nonzero().flatten().tolist())
+
+
+def test_the_teachers_likeliest_classes_are_kept_and_renormalised() -> None:
+    student, teacher, mask = sequences()
+    kept = teacher[mask].softmax(-1).sum(0).topk(3).indices
+    expected = cost_of(student[mask][:, kept], teacher[mask][:, kept])
+    torch.testing.assert_close(of_points("tokens", top_k=3)[1], expected)
+
+
+def test_positions_that_do_not_count_get_no_gradient() -> None:
+    student, teacher, mask = sequences()
+    for points in ("tokens", "tokens_per_sequence"):
+        leaf = student.clone().requires_grad_()
+        method = Sinkhorn(points=points)
+        method.sinkhorn(*method.chosen(leaf, teacher, mask)).backward()
+        assert leaf.grad.isfinite().all()
+        assert leaf.grad[~mask].abs().max() == 0 and leaf.grad[mask].abs().min() > 0
+
+
+def test_superglue_has_the_papers_weights() -> None:
+    weights = Sinkhorn(preset="superglue").weights(NOW)
+    assert weights == pytest.approx({"supervised": 1.0, "kd": 0.1, "sinkhorn": 8e-4})
 
 
 def test_diagnostics_are_recorded() -> None:

@@ -1,0 +1,111 @@
+"""GKD: on-policy distillation of language models (Agarwal et al.; ICLR 2024).
+
+Agarwal, Vieillard, Zhou, Stanczyk, Ramos, Geist, Bachem; arXiv 2306.13649. A student trained on
+given text never sees its own mistakes. GKD lets it write: with probability ``on_policy`` (lambda)
+the responses of a batch are replaced by samples of the student, and the teacher judges those, token
+by token, by a generalised Jensen-Shannon divergence:
+
+    L = mean of  beta KL(p || m) + (1 - beta) KL(q || m),    m = beta p + (1 - beta) q
+
+over the tokens of the responses. beta is the teacher's weight, as in TRL. No gradient flows through
+the sampling, dropout is off in it, and its temperature is not used in the loss. Nothing counts
+after the end token, which itself does. ImitKD (Lin et al., EMNLP 2020) is ``on_policy=1
+divergence=forward_kl``. The student is given what comes before the first token that counts, or the
+first ``prompt_tokens`` where all of a row counts.
+
+One draw decides for a whole batch; draws and samples come from the random state that checkpoints
+carry, so a continued run goes on with the same text. ``gkd_on_policy`` is the share of batches that
+the student wrote. Models of transformers only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from kdrun.layers.generation import prompts_of, sample
+from kdrun.methods.divergence import Divergence
+from kdrun.outputs import Batch, ModelOutput, next_token_batch
+from kdrun.parameters import Fraction, NonNegative, NonNegativeInt, Positive, PositiveInt
+
+
+class GKD(Divergence):
+    """Let the student write, and match the teacher on what it wrote.
+
+    Args:
+        on_policy: probability that a batch is written by the student.
+        divergence: what is matched; see ``Divergence``.
+        beta: weight of the teacher in the mixture of ``jsd``.
+        skew: share of the other distribution in the mixture of the skewed ones.
+        sampling_temperature: of the distribution that is drawn from.
+        new_tokens: largest number of tokens that the student writes.
+        prompt_tokens: given of a row where all of it counts.
+        end_token: id after which nothing counts; None: rows go on to the end.
+        weight: factor of the divergence.
+        supervised_weight: factor of the task's own loss, on whatever the batch holds.
+    """
+
+    tasks = ("language_modelling",)
+    ordered = True
+
+    def __init__(
+        self,
+        *,
+        on_policy: Fraction = 0.5,
+        divergence: Literal[
+            "jsd", "forward_kl", "reverse_kl", "skew_forward_kl", "skew_reverse_kl", "tvd"
+        ] = "jsd",
+        beta: Fraction = 0.5,
+        skew: Fraction = 0.1,
+        sampling_temperature: Positive = 0.9,
+        new_tokens: PositiveInt = 128,
+        prompt_tokens: PositiveInt = 16,
+        end_token: NonNegativeInt | None = None,
+        weight: NonNegative = 1.0,
+        supervised_weight: NonNegative = 0.0,
+    ) -> None:
+        super().__init__(
+            divergence=divergence,
+            beta=beta,
+            skew=skew,
+            weight=weight,
+            supervised_weight=supervised_weight,
+        )
+        self.on_policy = on_policy
+        self.sampling_temperature = sampling_temperature
+        self.new_tokens, self.prompt_tokens = new_tokens, prompt_tokens
+        self.end_token = end_token
+        self.num_classes = 0
+
+    def wrap(self, student: nn.Module, teachers: Mapping[str, nn.Module], sample: Any) -> nn.Module:
+        """The student as it is; it is remembered, since it writes."""
+        # In a plain tuple: as an attribute it would become part of this module and its checkpoints.
+        self._writer = (student,)
+        return student
+
+    def setup(self, student: ModelOutput, teachers: Mapping[str, ModelOutput]) -> None:
+        """The vocabulary that may be drawn from is that of the logits."""
+        self.num_classes = student.logits.shape[-1]
+
+    def augment(self, batch: Batch) -> Batch:
+        """With probability ``on_policy``, the batch with responses of the student."""
+        writes = bool(torch.rand(()) < self.on_policy)
+        self.record("gkd_on_policy", torch.tensor(float(writes), device=batch.index.device))
+        return self.written(batch) if writes else batch
+
+    def written(self, batch: Batch) -> Batch:
+        """The prompts of a batch, continued by the student."""
+        prompts, lengths = prompts_of(batch.inputs, batch.mask, self.prompt_tokens)
+        tokens, counted = sample(
+            self._writer[0],
+            prompts,
+            lengths,
+            new_tokens=self.new_tokens,
+            num_classes=self.num_classes,
+            temperature=self.sampling_temperature,
+            end_token=self.end_token,
+        )
+        return next_token_batch(tokens, counted, batch.index)
