@@ -186,9 +186,10 @@ class BDKD(Method):
             own = self._terms_of(role, outputs, batch)
             loss = torch.stack([weights.get(name, 1.0) * term for name, term in own.items()]).sum()
             engine.optimize(loss, role)
-            with torch.no_grad():
-                outputs[role] = engine.forward(role, batch)
             terms |= own
+            if role != STUDENT:  # The last one; nobody reads its new predictions.
+                with torch.no_grad():
+                    outputs[role] = engine.forward(role, batch)
         return terms
 
     def weights(self, progress: Progress) -> dict[str, float]:

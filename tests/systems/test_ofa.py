@@ -50,7 +50,7 @@ def test_what_the_small_run_shows(tmp_path: Path) -> None:
     with (directory / "metrics.csv").open() as file:
         first, *_, last = csv.DictReader(file)
     for name in EXITS:
-        assert float(last[f"loss/{name}"]) < 0.8 * float(first[f"loss/{name}"])
+        assert float(last[f"loss/{name}"]) < 0.95 * float(first[f"loss/{name}"])
     assert float(last["loss/exit4"]) < float(last["loss/exit1"])
     plain = SmallCNN(num_classes=10, in_channels=1, widths=(16, 32, 64, 128))
     assert set(load_file(directory / "student.safetensors")) == set(plain.state_dict())
