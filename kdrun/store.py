@@ -82,7 +82,12 @@ class Store:
             The artefact, and whether it was there already.
         """
         directory = self.root / kind / fingerprint(key)
-        return make_once(directory, key, produce, self.say, self.while_waiting, what=kind)
+        artefact, found = make_once(
+            directory, key, produce, self.say, self.while_waiting, what=kind
+        )
+        if found and distributed.rank() == 0:
+            note_use(directory)
+        return artefact, found
 
 
 def make_once(
@@ -112,8 +117,6 @@ def make_once(
         if main and afresh and directory.exists():
             shutil.rmtree(directory)
         if distributed.broadcast(main and is_complete(directory, contents=True)):
-            if main:
-                note_use(directory)
             return artefact, True
         if main:
             _make_directory(directory)

@@ -84,19 +84,21 @@ def damaged(data: bytes, dice: random.Random) -> bytes:
 def test_image_files(class_folders: Path, first: int) -> None:
     files = sorted(class_folders.rglob("*.png"))
     whole = {file: file.read_bytes() for file in files}
+    plain = {"image_size": 8, "workers": 0, "cache": False}
+    assert taken(Images(name=str(class_folders), **PLAIN | plain))
     refused = 0
     for seed in range(100 * first, 100 * (first + 1)):
         dice = random.Random(seed)
         file = dice.choice(files)
         file.write_bytes(damaged(whole[file], dice))
         storage = dice.choice(("resident", "stream"))
-        options = {"storage": storage, "image_size": 8, "workers": 0, "cache": False}
+        options = {"storage": storage, **plain}
         try:
             refused += not taken(Images(name=str(class_folders), **PLAIN | options))
         except Exception as error:
             raise AssertionError(f"input {seed}: {file.read_bytes()!r:.300}") from error
         file.write_bytes(whole[file])
-    assert 30 < refused < 100
+    assert refused > 30
 
 
 @pytest.mark.parametrize(

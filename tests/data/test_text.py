@@ -202,7 +202,9 @@ def test_texts_that_cannot_be_used_are_refused_in_one_line(tmp_path: Path) -> No
     with pytest.raises(UserError, match="blank holds no text: every file is empty"):
         prepare(source=TextFolder(path=blank))
     for place in (str(tmp_path / "missing"), "missing"):
-        with pytest.raises(UserError, match=rf"dataset.source.path={place}: no such file or folder"):
+        with pytest.raises(
+            UserError, match=rf"dataset.source.path={place}: no such file or folder"
+        ):
             prepare(source=TextFolder(path=place))
     short = folder(tmp_path / "short", a="word")
     with pytest.raises(UserError, match=r"train text is shorter than a row of dataset.length=16"):
