@@ -106,7 +106,6 @@ def test_clap_in_rounds(tmp_path: Path) -> None:
             clap = load_file(directory / f"round_{number}" / "clap" / "network.safetensors")
             assert not torch.equal(clap["prototypes"], clap["anchors"])
             assert (clap["weights"] >= 0).all() and (clap["weights"] <= 1).all()
-            assert not torch.equal(clap["prototypes"], clap["base.image_tower.1.weight"])
 
 
 def test_tip_adapter_as_teacher(tmp_path: Path) -> None:
