@@ -222,8 +222,8 @@ def _size(count: float) -> str:
 
 def _data_line(names: Mapping[str, str], data: DataModule) -> str:
     labels = "" if data.labelled_size == data.train_size else f" ({data.labelled_size:,} labelled)"
-    sizes = f"{data.train_size:,} train{labels}, {data.validation_size:,} validation, {data.test_size:,}"
-    samples = f"{sizes} test samples of {described(data.input_shape)}"
+    sizes = f"{data.train_size:,} train{labels}, {data.validation_size:,} validation"
+    samples = f"{sizes}, {data.test_size:,} test samples of {described(data.input_shape)}"
     text = f"{names['dataset']}, {samples}, {data.num_classes} classes"
     return _line("data", text)
 
