@@ -20,13 +20,8 @@ PLAIN = {
     "method=kd",
     "method.mode=glnn",  # node by node, on graphs
     "method.divergence=forward_kl",  # token by token
-    "method.strategy=random",  # labels bought at random
-    "method.heads=single",  # labels and teacher on one head
 }
 """What the baseline of a table is: plain distillation."""
-
-LABELS_ALONE = ("pcoreset",)
-"""Tables with a column for students that learn from labels alone, in place of such a row."""
 
 
 def composed(table: Table, row: str, column: str, profile: str | None = None) -> dict:
@@ -60,8 +55,7 @@ def test_every_cell_is_valid(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_teacher_student_and_plain_distillation_are_always_there(name: str) -> None:
     table = open_table(name, CATALOGUE)
-    networks = {"teacher"} if name in LABELS_ALONE else {"teacher", "alone"}
-    assert {row.network for row in table.rows} >= networks
+    assert {row.network for row in table.rows} >= {"teacher", "alone"}
     assert PLAIN & set(table.row(table.baseline).words)
     assert "smoke" in table.profiles
     assert all(row.source for row in table.rows if row.published)
@@ -177,7 +171,6 @@ def test_the_64_students_have_their_published_accuracies() -> None:
     [
         ("digits", ["seeds=1"], 6),
         ("taid", ["rows=KL,TAID", "columns=GPT-2 mini-nano", "seeds=1"], 2),
-        ("pcoreset", ["rows=Random,PCoreSet"], 4),
     ],
 )
 def test_tables_that_need_no_download_run_shrunken(
