@@ -114,6 +114,10 @@ class StreamLoader:
     def __init__(
         self, samples: StreamedSamples, options: LoaderOptions, preprocessing: Preprocessing
     ) -> None:
+        # Here, before the workers are forked: they need not import it, each by itself and perhaps
+        # while another thread of this process holds a lock of the import system.
+        import torchvision.transforms.v2  # noqa: F401
+
         self.options = options
         self._samples = samples
         self._maker = BatchMaker(len(samples), samples.shape, options, preprocessing)

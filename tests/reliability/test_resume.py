@@ -23,8 +23,10 @@ from tests.reliability.interrupted import (
 )
 from tests.tiny import run
 
-TINY = (*("training.epochs=2", "training.batch_size=160", "teacher.allow_chance=true"),)
-NARROW = ("student.widths=[2,2,4]",)
+TINY = (
+    *("training.epochs=2", "training.batch_size=160", "teacher.allow_chance=true"),
+    "student.widths=[2,2,4]",
+)
 CONVOLUTIONS = ("teacher=small_cnn", "teacher.widths=[4,4,4]")
 """For methods that read feature maps of the teacher."""
 
@@ -44,11 +46,6 @@ CASES: dict[str, tuple[str, ...]] = {
 
 COMPILED = "compiled step"
 CASES_WITH_COMPILER = {COMPILED: ("method=kd", "trainer.compile=true")}
-LANGUAGE = "language models"
-CASES[LANGUAGE] = (
-    *("method=taid", "teacher=gpt2_nano", "student=llama_nano", "dataset=python_source"),
-    *("dataset.source.bytes_at_most=20000", "dataset.length=32", "training.batch_size=80"),
-)
 
 
 class Whole(NamedTuple):
@@ -88,8 +85,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory):
     def of(case: str) -> Whole:
         if case not in known:
             root = tmp_path_factory.mktemp("whole")
-            narrow = () if case == LANGUAGE else NARROW
-            words = (*TINY, *narrow, *(CASES | CASES_WITH_COMPILER)[case])
+            words = (*TINY, *(CASES | CASES_WITH_COMPILER)[case])
             if case == "streaming workers":
                 words = (*words, *images(root / "images"))
             with watched(Journal(root / "journal")) as seen:

@@ -50,7 +50,7 @@ def runs_on_digits(name: str) -> bool:
     return (
         "classification" in method.tasks
         and sources <= {"teacher", "student"}
-        and not method.unlabelled
+        and not (method.unlabelled or method.needs)
     )
 
 
