@@ -220,7 +220,7 @@ def test_captions_are_wrong_as_often_as_they_are_asked_to_be() -> None:
     assert (confused != target).sum() == (confused[target == 3] == 8).sum()
     assert (confused[target == 3] == 8).float().mean() == pytest.approx(0.4, abs=0.04)
     random = named(target, random=0.2, confused=0.0)
-    assert (random != target).float().mean() == pytest.approx(0.2, abs=0.01)
+    assert (random != target).float().mean() == pytest.approx(0.2, abs=0.02)
     assert torch.equal(random, named(target, random=0.2, confused=0.0))
 
 
