@@ -180,7 +180,7 @@ def test_a_run_gets_the_config_the_names_and_the_command_that_repeats_it(
     def run_experiment(config, **told):
         seen.update(told, config=config)
         seen["allowed"] = resolve("own_net.Net")
-        return {"objective": 1.0}
+        return {"objective": 1.0, "directory": "outputs/somewhere"}
 
     monkeypatch.setattr(kdrun.experiment, "run_experiment", run_experiment)
     words = ["student=own_net.Net", "student.width=3", "seed=0"]
