@@ -183,7 +183,7 @@ def make_trainer(
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
         )
-    except MisconfigurationException as error:
+    except (MisconfigurationException, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"trainer: not possible on this machine: {reason}") from error
 
@@ -301,6 +301,9 @@ class _Session(Callback):
         received = max(distributed.gather_objects(self.watch.received))
         if received and module.epoch < module.epochs:
             raise Stopped(received)
+        if module.epoch < module.epochs:
+            objective = row[f"validation/{module.task.objective}"]
+            pruning.tell(self.reporter.name, module.epoch, objective)
         if self.out_of_patience() and module.epoch < module.epochs:
             self.reporter.say(
                 f"ends after epoch {module.epoch}: none of {self.patience} epochs was better on "
@@ -312,9 +315,6 @@ class _Session(Callback):
         """Whether the best epoch lies so far back that training ends."""
         behind = len(self.outcome.history) - self.outcome.best_epoch
         return self.patience is not None and behind >= self.patience
-        if module.epoch < module.epochs:
-            objective = row[f"validation/{module.task.objective}"]
-            pruning.tell(self.reporter.name, module.epoch, objective)
 
     def _row(self, trainer: Trainer, module: Distiller) -> EpochRow:
         seconds = time.perf_counter() - self._epoch_began
