@@ -72,25 +72,6 @@ TASKS: dict[str, Callable[[], Case]] = {
     "language_modelling": text_case,
 }
 
-class OnNodes(ConvNet):
-    """A network that reads the pictures on the nodes of a graph, not its edges."""
-
-    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        return super().forward(inputs["image"])
-
-
-def graph_case() -> Case:
-    """Pictures on the nodes of a ring."""
-    pictures = digits(SAMPLES)
-    nodes = torch.arange(SAMPLES)
-    there = torch.stack([nodes, nodes.roll(1)])
-    pictures.inputs = {
-        "image": pictures.inputs,
-        "edge_index": torch.cat([there, there.flip(0)], dim=1),
-    }
-    return Case(pictures, lambda: OnNodes(width=4), lambda: OnNodes(width=6))
-
-
 
 class OnNodes(ConvNet):
     """A network that reads the pictures on the nodes of a graph, not its edges."""
