@@ -44,9 +44,13 @@ class Distil(Stage):
     """Train the student by the method, from the same initial weights as the student alone."""
 
     def check(self, config: Mapping[str, Any], data: DataModule) -> None:
-        """Refuse settings and checkpoints with which further networks cannot be trained, and data
-        without unlabelled samples for a method that learns from them."""
+        """Refuse methods made for other tasks, settings and checkpoints with which further networks
+        cannot be trained, and data without unlabelled samples for a method that learns from them.
+        """
         method = make_method(config["method"])
+        if method.tasks and data.task not in method.tasks:
+            made_for = ", ".join(method.tasks)
+            raise UserError(f"{type(method).__name__} is made for {made_for}, not for {data.task}")
         own_settings(config, method)
         for source in trained_sources(method).values():
             start = config.get(source, {}).get("checkpoint")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -9,6 +10,7 @@ import safetensors.torch
 import torch
 
 from kdrun import distributed
+from kdrun.data.module import DataModule
 from kdrun.data.text import Text
 from kdrun.data.tokens import TokenRows
 from kdrun.errors import UserError
@@ -50,6 +52,13 @@ class GenerateText(Stage):
     ) -> None:
         self.temperature, self.prompt_tokens, self.rows = temperature, prompt_tokens, rows
 
+    def check(self, config: Mapping[str, Any], data: DataModule) -> None:
+        """Refuse what is no text."""
+        if not isinstance(data, Text):
+            raise UserError(
+                "the teacher can write text only: choose a data set such as text_folder"
+            )
+
     def key(self, context: Context) -> dict[str, Any]:
         """Teacher, data and how it is sampled."""
         return {
@@ -63,13 +72,7 @@ class GenerateText(Stage):
         }
 
     def run(self, context: Context, name: str) -> None:
-        """Make the rows, or find them, and let them take the place of the training split.
-
-        Raises:
-            UserError: the data set is no text.
-        """
-        if not isinstance(context.data, Text):
-            raise UserError(f"{name}: the teacher can write text only; choose dataset=text_folder")
+        """Make the rows, or find them, and let them take the place of the training split."""
         super().run(context, name)
         if name in context.artefacts:
             arrays = safetensors.torch.load_file(context.artefacts[name].path(FILE))

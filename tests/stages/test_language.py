@@ -164,7 +164,6 @@ def test_instruction_tuning_of_the_paper_in_miniature(tmp_path: Path) -> None:
         ),
         (("teacher.name=./none", "teacher.pretrained=true"), "there is no model in that folder"),
         (("method=kd", "task.chunk=4"), "KD reads all logits at once; set task.chunk=null"),
-        (("method=rkd",), "RKD is made for classification, not for language_modelling"),
         (("task=classification",), "this data set is for language_modelling"),
         (("method=sinkhorn", "method.points=label_words"), "nothing marks where responses begin"),
     ],
@@ -174,3 +173,23 @@ def test_what_cannot_be_run_is_one_line(tmp_path: Path, words, capsys, changes, 
     assert kdrun([*chosen.values(), f"output_dir={tmp_path / 'out'}"]) == 2
     error = capsys.readouterr().err
     assert line in error and error.count("\n") == 1, error
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        (("method=rkd",), "RKD is made for classification, not for language_modelling"),
+        (
+            ("dataset=digits", "method=seqkd", "teacher=mlp", "student=mlp"),
+            "the teacher can write text only",
+        ),
+    ],
+)
+def test_what_fits_no_text_is_refused_before_training(
+    tmp_path, capsys, words, changes, line
+) -> None:
+    kept = [word for word in words if not (changes[0] == "dataset=digits" and "dataset." in word)]
+    chosen = {word.partition("=")[0]: word for word in (*WORDS, *kept, *changes)}
+    assert kdrun([*chosen.values(), f"output_dir={tmp_path / 'out'}"]) == 2
+    assert line in capsys.readouterr().err
+    assert not (tmp_path / "out" / "store").exists()
