@@ -267,9 +267,7 @@ def _dry_run(
             with SignalWatch() as watch:
                 directory = folder / "run"
                 directory.mkdir(exist_ok=True)
-                _run_stages(
-                    trial, names, overrides, command, directory, console, watch, member, 1
-                )
+                _run_stages(trial, names, overrides, command, directory, console, watch, member, 1)
             console.file = None
             console.say(f"dry run: every stage ran ({attempt} start)")
         return read_json(folder / "run" / RESULT)
