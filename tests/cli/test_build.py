@@ -32,7 +32,7 @@ def test_builds_nested_nodes_first():
         ("os.system", "standard library"),
         ("subprocess.Popen", "standard library"),
         ("kdrun.data.streaming.os.system", "comes from posix"),
-        ("kdrun.store.write_atomically", "of kdrun only data, layers"),
+        ("kdrun.store.write_atomically", "of kdrun only architectures, data, layers"),
         ("torch.load", "nothing is built from torch unless"),
         ("torch.nn.Linear.__init__", "double underscores"),
         ("torch.nn.Nothing", "torch.nn has no Nothing"),

@@ -16,11 +16,14 @@ PLUGINS = {
     "sweeper/optuna": ("hydra_plugins.hydra_optuna_sweeper.config", "OptunaSweeperConf"),
 }
 
+VARIANT = "sweeper/random"
+"""The Optuna sweeper with another way of drawing."""
+
 
 def test_none_is_forgotten_here():
     catalogue = open_catalogue()
     names = {f"{group}/{n}" for group in ("launcher", "sweeper") for n in catalogue.choices(group)}
-    assert names == set(PLUGINS)
+    assert names == {*PLUGINS, VARIANT}
 
 
 @pytest.mark.parametrize("name", PLUGINS)

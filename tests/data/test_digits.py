@@ -125,5 +125,5 @@ def test_few_shot_and_inputs_within_the_unit_interval(digits):
     assert batch.target.bincount().tolist() == [30] * 10
     assert (batch.inputs.min(), batch.inputs.max()) == (0, pytest.approx(1))
     assert module.fingerprint != digits.fingerprint
-    with pytest.raises(UserError, match=r"dataset\.per_class=400: class 0 has"):
+    with pytest.raises(UserError, match=r"dataset\.per_class=400: class 8 has"):
         Digits(per_class=400).prepare("holdout")
