@@ -116,6 +116,7 @@ class TAID(Method):
         self.register_buffer("t", torch.tensor(t_start, dtype=torch.float64))
         self.register_buffer("momentum", torch.zeros((), dtype=torch.float64))
         self.register_buffer("previous", torch.tensor(torch.nan, dtype=torch.float64))
+        self._of_step: list[tuple[Tensor, Tensor]] = []
 
     def losses(
         self,
@@ -138,7 +139,10 @@ class TAID(Method):
         self.record("taid_kl", cross_entropy - target_entropy)
         if self.training:
             kl = cross_entropy - target_entropy
-            self.advance(kl if self.progress_signal == "kl" else cross_entropy, progress)
+            signal = kl if self.progress_signal == "kl" else cross_entropy
+            # A step may take its batch in parts; t moves once, after the last.
+            count = len(batch) if batch.mask is None else batch.mask.sum()
+            self._of_step.append((signal.detach(), signal.detach().new_ones(()) * count))
         terms = {"taid": cross_entropy}
         if self.distil_ratio < 1:
             terms["supervised"] = self.supervised_loss(student, batch)
@@ -149,6 +153,13 @@ class TAID(Method):
         if self.distil_ratio == 1:
             return {}
         return {"taid": self.distil_ratio, "supervised": 1 - self.distil_ratio}
+
+    def after_step(self, progress: Progress) -> None:
+        """Move t by the mean loss over the positions of the step."""
+        if self._of_step:
+            losses, positions = (torch.stack(values) for values in zip(*self._of_step, strict=True))
+            self._of_step = []
+            self.advance((losses * positions).sum() / positions.sum(), progress)
 
     def line(self, progress: Progress) -> float:
         """The floor of t: linear in the optimiser steps done."""
@@ -162,7 +173,7 @@ class TAID(Method):
         none to be compared with.
 
         Args:
-            loss: J of this part of the batch, a scalar.
+            loss: J of the batch, a scalar.
             progress: ``step`` is n, ``steps`` is N.
         """
         loss = distributed.mean(loss.detach().to(self.t))

@@ -148,7 +148,9 @@ def test_t_moves_in_training_only() -> None:
         method.train(training)
         before = method.t.clone()
         for number in range(3):
-            method.losses(ModelOutput(STUDENT), teachers, batch, Progress(0, 1, number, 10))
+            now = Progress(0, 1, number, 10)
+            method.losses(ModelOutput(STUDENT), teachers, batch, now)
+            method.after_step(now)
         assert bool(method.t > before) is moves
 
 
