@@ -15,7 +15,8 @@ from kdrun.job import Record, read_records
 
 ROOT = Path(__file__).parents[1]
 HASHES, PLANS = ("identity.py", "redaction.py", "data/pixel_cache.py"), "table/cells.py"
-MAY_WRITE_JSON = ("files.py", *HASHES, PLANS)
+HEADERS = ("checkpoints.py", "data/module.py", "given_weights.py", "stages/search.py")
+MAY_WRITE_JSON = ("files.py", *HASHES, *HEADERS, PLANS)
 """What is written elsewhere holds no number that could be infinite: hashes, words, sizes."""
 
 
