@@ -119,7 +119,7 @@ class Distil(Stage):
             networks = {role: assembly.teachers[role]}
             source = assembly.method.roles()[role]
             if is_approximate(context.config[source]):
-                networks["exact"] = load_network(context, source)
+                networks["exact"] = frozen_network(context, source)
             metrics = evaluate(
                 networks,
                 context,
@@ -174,6 +174,14 @@ def in_cheaper_form(network: nn.Module, node: Mapping[str, Any], data: DataModul
     return run_in_bfloat16(network) if node["precision"] == "bf16" else network
 
 
+def frozen_network(context: Context, source: str) -> nn.Module:
+    """A finished network as ``mode`` of its config entry asks for it."""
+    network = load_network(context, source)
+    if context.config[source]["mode"] == "batch_stats":
+        return with_batch_statistics(network)
+    return network
+
+
 def assemble_run(context: Context, training: bool = False) -> Assembly:
     """The method and all networks of a run, with the initial student.
 
@@ -195,9 +203,7 @@ def assemble_run(context: Context, training: bool = False) -> Assembly:
             if start:
                 load_weights(teachers[role], existing_file(start, f"{source}.checkpoint"))
         else:
-            teachers[role] = load_network(context, source)
-            if config[source]["mode"] == "batch_stats":
-                teachers[role] = with_batch_statistics(teachers[role])
+            teachers[role] = frozen_network(context, source)
             if training:
                 teachers[role] = in_cheaper_form(teachers[role], config[source], context.data)
     return assemble(
