@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from kdrun import schema
 from kdrun.catalogue import SWEEP_GROUPS, Catalogue, is_group, is_network
 from kdrun.errors import UserError
 from kdrun.targets import is_dotted_path
@@ -162,20 +163,34 @@ def typed_packages(overrides: Iterable[Override]) -> list[str]:
     return [path.split(".")[0] for path in paths]
 
 
+OF_ONE_NETWORK = ("checkpoint", "finetune", "init_from")
+"""Options of a role that say where the weights of one network come from."""
+
+
 def merge(layers: Iterable[Sequence[str]]) -> list[str]:
     """Overrides of several layers as one list: later layers win.
 
     A choice of a group takes the options that earlier layers set in that group away with it, since
-    they were meant for another choice.
+    they were meant for another choice. What was said of the teacher or student whichever network it
+    is (``teacher.cache``, ``teacher.seed``) stays, but for where its weights come from.
     """
     kept: dict[str, str] = {}
     for layer in layers:
         given = {word.partition("=")[0].lstrip("+").removeprefix("model@"): word for word in layer}
-        chosen = tuple(f"{key}." for key in given if is_group(key))
+        chosen = {key for key in given if is_group(key)}
         kept = {
             key: word
             for key, word in kept.items()
-            if key not in given and not (chosen and key.startswith(chosen))
+            if key not in given and (key.split(".")[0] not in chosen or _outlives_a_choice(key))
         }
         kept |= given
     return list(kept.values())
+
+
+def _outlives_a_choice(key: str) -> bool:
+    """Whether an option is kept when its group gets another choice."""
+    group, _, option = key.partition(".")
+    if not is_network(group):
+        return False
+    of_the_role = {field.name for field in fields(schema.beside_arguments(group))}
+    return option in of_the_role and option not in OF_ONE_NETWORK

@@ -25,6 +25,15 @@ from .conftest import arm
         ([["model@teacher=resnet20"], ["teacher=mlp"]], ["teacher=mlp"]),
         ([["method.weight=1"], ["dataset=digits"]], ["method.weight=1", "dataset=digits"]),
         ([["methods.weight=1"], ["method=kd"]], ["methods.weight=1", "method=kd"]),
+        # What was said of the role stays; what was said of one network, or its weights, does not.
+        ([["teacher.cache=logits"], ["teacher=mlp"]], ["teacher.cache=logits", "teacher=mlp"]),
+        ([["image_teacher.seed=3"], ["image_teacher=mlp"]], None),
+        ([["teacher=resnet20", "teacher.checkpoint=a.pt"], ["teacher=mlp"]], ["teacher=mlp"]),
+        (
+            [["student.init_from=a.pt", "student.reads=x"], ["student=mlp"]],
+            ["student.reads=x", "student=mlp"],
+        ),
+        ([["teacher.width=9", "teacher.mode=eval"], ["student=mlp"]], None),
     ],
 )
 def test_later_layers_win(layers: list[list[str]], merged: list[str] | None) -> None:
