@@ -16,9 +16,10 @@ from kdrun.losses.precision import full_precision
 def relative_distances(features: Tensor) -> Tensor:
     """Euclidean distances between all samples, divided by their mean.
 
-    Park et al., CVPR 2019, equation 4-6. The mean is over positive distances only, so neither the
-    diagonal nor duplicates count. Squares are clamped at 1e-12 before the root, which keeps the
-    gradient finite; the diagonal is exactly 0.
+    Park et al., CVPR 2019, equations 4-6. The mean is over positive distances only, so the diagonal
+    does not count, which is exactly 0. Squares are clamped at 1e-12 before the root, which keeps
+    the gradient finite; so two equal samples count with a distance of 1e-6, as in the released
+    code.
 
     Args:
         features: ``(B, D)``.
@@ -40,7 +41,8 @@ def relative_distances(features: Tensor) -> Tensor:
 def angles(features: Tensor) -> Tensor:
     """Cosine of the angle at sample i between samples j and k, for every triple.
 
-    Park et al., CVPR 2019, equations 7-8. Entries with a coinciding pair are 0.
+    Park et al., CVPR 2019, equations 7-8. Entries with a coinciding pair are 0 and have no
+    gradient: nothing says in which direction such a pair should part.
 
     Args:
         features: ``(B, D)``.
@@ -48,7 +50,9 @@ def angles(features: Tensor) -> Tensor:
     Returns:
         ``(B, B, B)``, the vertex i first.
     """
-    directions = F.normalize(features[None, :, :] - features[:, None, :], dim=2)
+    differences = features[None, :, :] - features[:, None, :]
+    coincide = (differences == 0).all(dim=2, keepdim=True)
+    directions = F.normalize(differences, dim=2).masked_fill(coincide, 0)
     return directions @ directions.transpose(1, 2)
 
 

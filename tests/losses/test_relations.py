@@ -70,6 +70,14 @@ def test_duplicates_leave_the_gradient_finite(relation) -> None:
     student.requires_grad_()
     relation(student, random(4, 3, seed=1)).backward()
     assert torch.isfinite(student.grad).all()
+    assert student.grad.abs().max() < 1, "equal samples are not torn apart"
+
+
+def test_duplicates_are_a_hair_apart() -> None:
+    features = torch.tensor([[0.0, 0.0], [0.0, 0.0], [3.0, 4.0]])
+    # Six distances: two of 1e-6, four of 5.
+    expected = torch.tensor([[0, 1e-6, 5], [1e-6, 0, 5], [5, 5, 0]]) / (20 / 6)
+    torch.testing.assert_close(relative_distances(features), expected)
 
 
 @pytest.mark.parametrize("relation", [distance_relation, angle_relation])
