@@ -8,17 +8,20 @@ correlation, over the classes of each sample and over the samples of each class
     inter = 1 - mean_n rho(p_s[n, :], p_t[n, :]),   intra = 1 - mean_c rho(p_s[:, c], p_t[:, c])
 
 with p = softmax(z / tau) ``(B, C)`` and Pearson's rho. Dense logits ``(B, ..., C)`` are flattened
-to one row per position, and only positions that count take part. beta and gamma are 2, the paper's;
-other code bases use 1. ``intra`` sees the batch of one process; it does not look across ranks.
+to one row per position, and only positions that count take part. beta and gamma are 2, the paper's
+as recalled; the authors' code for segmentation and other code bases have 1. ``intra`` sees the
+batch of one process; it does not look across ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kdrun.losses.divergence import mean_over
 from kdrun.losses.precision import full_precision
 from kdrun.losses.relations import pearson_distance
 from kdrun.method import Method
@@ -32,18 +35,32 @@ def inter_and_intra(
 ) -> tuple[Tensor, Tensor]:
     """Pearson distances of class distributions: mean over positions, and mean over classes.
 
+    Both are zero where nothing counts.
+
     Args:
         student: logits ``(..., C)``.
         teacher: logits ``(..., C)``.
         temperature: tau, which softens both distributions.
         mask: ``(...)``, true at the positions that count.
     """
-    if mask is not None:
-        student, teacher = student[mask.bool()], teacher[mask.bool()]
     ours = F.softmax(student.flatten(0, -2) / temperature, dim=1)
     theirs = F.softmax(teacher.flatten(0, -2) / temperature, dim=1)
-    inter = pearson_distance(ours, theirs, dim=1).mean()
-    return inter, pearson_distance(ours, theirs, dim=0).mean()
+    if mask is None:
+        inter = pearson_distance(ours, theirs, dim=1).mean()
+        return inter, pearson_distance(ours, theirs, dim=0).mean()
+    counted = mask.flatten().bool()
+    inter = mean_over(pearson_distance(ours, theirs, dim=1), counted)
+    ours, theirs = _mean_elsewhere(ours, counted), _mean_elsewhere(theirs, counted)
+    classes = counted.any().expand(ours.shape[1])
+    return inter, mean_over(pearson_distance(ours, theirs, dim=0), classes)
+
+
+def _mean_elsewhere(values: Tensor, counted: Tensor) -> Tensor:
+    """Rows that do not count, at the mean of those that do: a correlation over rows is blind to
+    them, and no shape depends on how many there are."""
+    rows = counted.unsqueeze(1)
+    mean = torch.where(rows, values, 0).sum(dim=0) / counted.sum().clamp(min=1)
+    return torch.where(rows, values, mean)
 
 
 class DIST(Method):

@@ -44,6 +44,23 @@ def test_dense_logits_count_where_the_mask_says() -> None:
     torch.testing.assert_close(actual, expected)
 
 
+def test_what_does_not_count_has_neither_say_nor_gradient() -> None:
+    student, teacher = random_logits()
+    mask = torch.tensor([1, 1, 0, 1, 0, 1], dtype=torch.bool)
+    student.requires_grad_()
+    terms = inter_and_intra(student, teacher, temperature=2.0, mask=mask)
+    sum(terms).backward()
+    assert student.grad[~mask].abs().max() == 0 and student.grad[mask].abs().min() > 0
+    assert torch.autograd.gradcheck(
+        lambda s: inter_and_intra(s, teacher, temperature=2.0, mask=mask), student
+    )
+    student.grad = None
+    nothing = inter_and_intra(student, teacher, temperature=2.0, mask=torch.zeros_like(mask))
+    sum(nothing).backward()
+    assert [term.item() for term in nothing] == [0, 0]
+    assert student.grad.abs().max() == 0
+
+
 def test_factors_hold_the_squared_temperature() -> None:
     weights = DIST(temperature=3.0, beta=2.0, gamma=1.0).weights(Progress(0, 1, 0, 1))
     assert weights == {"supervised": 1, "inter": 18, "intra": 9}
