@@ -79,6 +79,8 @@ class Lock:
         if not self._take(timeout):
             return False
         try:
+            for unfinished in self.path.parent.glob(f".{self._note.name}.*.tmp"):
+                unfinished.unlink()  # Left by a holder that was killed while it wrote.
             write_json(self._note, asdict(Holder.here()))
         except UserError:
             self._lock.release()

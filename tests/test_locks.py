@@ -55,6 +55,18 @@ def test_a_holder_is_known_by_machine_and_process(tmp_path: Path, other) -> None
     assert "remove" not in lock.told()
 
 
+def test_a_note_that_was_not_finished_is_removed(tmp_path: Path) -> None:
+    unfinished = tmp_path / ".lock.holder.4711.tmp"
+    another = tmp_path / ".lock2.holder.4711.tmp"
+    for path in (unfinished, another):
+        path.write_text("{")
+    lock = Lock(tmp_path / "lock")
+    assert lock.acquire()
+    assert not unfinished.exists() and another.exists()
+    assert lock.holder().pid == os.getpid()
+    lock.release()
+
+
 def test_the_lock_of_a_killed_process_is_free(tmp_path: Path, other) -> None:
     os.kill(other.pid, signal.SIGKILL)
     other.join()

@@ -28,6 +28,8 @@ from kdrun.outputs import Batch
 from kdrun.stages import training as training_module
 from tests.tiny import run
 
+HOW = ("term", "step", "write")
+"""See ``Ending``."""
 TIMING = ("seconds", "samples_per_second", "memory_mib", "finished", "modified")
 """What differs between any two runs."""
 
@@ -48,9 +50,9 @@ class Ending:
     often: bool
 
 
-def draw(dice: random.Random, steps: int, renames: int) -> Ending:
+def draw(dice: random.Random, steps: int, renames: int, how: str | None = None) -> Ending:
     """An ending somewhere in an experiment with so many steps and renames."""
-    how = dice.choice(("term", "step", "write"))
+    how = how or dice.choice(HOW)
     last = 2 * renames if how == "write" else steps
     return Ending(how, dice.randint(1, last), dice.random() < 0.5)
 
@@ -92,9 +94,12 @@ def content_of(batch: Batch) -> str:
                 add(value[name])
         elif isinstance(value, Tensor):
             digest.update(value.cpu().contiguous().numpy().tobytes())
+        elif isinstance(value, Batch):
+            for part in (value.inputs, value.target, value.index, value.mask, value.views):
+                add(part)
+            add(value.unlabelled)
 
-    for part in (batch.inputs, batch.target, batch.index, batch.mask, batch.views):
-        add(part)
+    add(batch)
     return digest.hexdigest()[:16]
 
 
