@@ -15,9 +15,10 @@ that is less is sharpened by the reverse one. In each loss the other network's p
 constants. The aim is a better calibrated student.
 
 No code was released and the paper's weights, temperature and form of the weighting are
-reconstructed: ``divergence``, ``temperature``, ``high_weight`` and ``low_weight`` are options. More
-networks (``peers``) are ordered by size: each learns from every larger one as the student does, and
-from every smaller one as the teacher does; its divergences are averaged over the others.
+reconstructed: ``divergence``, ``temperature``, ``high_weight`` and ``low_weight`` are options. (The
+code of ABKD, which compares with BD-KD, weighs 3 to 1 at temperature 1.) More networks (``peers``)
+are ordered by size: each learns from every larger one as the student does, and from every smaller
+one as the teacher does; its divergences are averaged over the others.
 """
 
 from __future__ import annotations

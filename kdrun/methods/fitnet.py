@@ -49,7 +49,11 @@ class FitNet(Method):
         return {"student": (self.tap,), "teacher": (self.tap,)}
 
     def setup(self, student: ModelOutput, teachers: Mapping[str, ModelOutput]) -> None:
-        """Build the regressor between the two shapes."""
+        """Build the regressor between the two shapes.
+
+        Raises:
+            ValueError: there is none (see ``hint_regressor``).
+        """
         self.regressor = hint_regressor(
             student.features[self.tap].shape, teachers["teacher"].features[self.tap].shape
         )

@@ -28,7 +28,7 @@ Where the released code departs from the paper: in phase 3 it takes the masks of
 after the whole batch, so the second specialised teacher has both masks although the second was
 trained alone (``compat_cumulative_masks``; off: one mask each, as described). It also holds,
 unused, a gate that mixes the teachers' logits and is trained by the divergence
-(``routing: soft``).
+(``routing: soft``). Its form for dense predictions, with a gate of convolutions, is left out.
 """
 
 from __future__ import annotations
@@ -164,7 +164,11 @@ class MST(Method):
         return found
 
     def setup(self, student: ModelOutput, teachers: Mapping[str, ModelOutput]) -> None:
-        """Build the gate: two linear layers without a nonlinearity, from C by 2C to N."""
+        """Build the gate: two linear layers without a nonlinearity, from C by 2C to N.
+
+        Raises:
+            ValueError: fewer than two specialised teachers, or fewer than k.
+        """
         count, classes = len(teachers), student.logits.shape[-1]
         if count < 2:
             raise ValueError(f"{count} specialised teachers leave nothing to choose from")
