@@ -1,9 +1,10 @@
-"""Entropic optimal transport between two clouds of points."""
+"""Entropic optimal transport between two clouds of points, and between two of distributions."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from kdrun.losses.precision import full_precision
 
@@ -65,3 +66,58 @@ def counted_costs(cost: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
     itself = torch.eye(cost.shape[-1], dtype=torch.bool, device=cost.device)
     allowed = cost.masked_fill(~pairs, torch.inf)
     return allowed.masked_fill(itself & ~pairs, 0.0), pairs
+
+
+@full_precision
+def transport_of_distributions(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: float,
+    epsilon: float,
+    iterations: int,
+    counted: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Transport a batch of student distributions onto the teacher's.
+
+    Moving one onto another costs their L1 distance (Cui et al., LREC-COLING 2024, SinKD).
+
+    Args:
+        student: logits ``(..., B, C)``.
+        teacher: logits ``(..., B, C)``.
+        temperature: tau, which softens both distributions.
+        epsilon: strength of the entropic regularisation.
+        iterations: pairs of row and column steps.
+        counted: ``(..., B)``, true at the samples that take part; None: all do.
+
+    Returns:
+        The plan ``(..., B, B)``, whose mass is the number of samples that take part, and the cost
+        it was made for, within [0, 2]; row i is a student sample, column j a teacher sample.
+    """
+    cost = pairwise_l1(
+        F.softmax(student / temperature, dim=-1), F.softmax(teacher / temperature, dim=-1)
+    )
+    if counted is None:
+        return sinkhorn_plan(cost, epsilon=epsilon, iterations=iterations), cost
+    allowed, pairs = counted_costs(cost, counted)
+    plan = sinkhorn_plan(allowed, epsilon=epsilon, iterations=iterations)
+    return plan.masked_fill(~pairs, 0.0), cost
+
+
+@full_precision
+def samplewise_distance(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
+    """``sum_c |softmax(student / tau)_c - softmax(teacher / tau)_c|`` of each sample.
+
+    What transport costs where each sample may only go to itself.
+
+    Args:
+        student: logits ``(..., C)``.
+        teacher: logits ``(..., C)``.
+        temperature: tau, which softens both distributions.
+
+    Returns:
+        ``(...)``, within [0, 2].
+    """
+    ours = F.softmax(student / temperature, dim=-1)
+    theirs = F.softmax(teacher / temperature, dim=-1)
+    return (ours - theirs).abs().sum(dim=-1)
