@@ -29,7 +29,7 @@ from kdrun.method import Method
 from kdrun.nonfinite import FiniteGuard, Reaction
 from kdrun.outputs import Batch, ModelOutput, Progress
 from kdrun.tasks.task import Task
-from kdrun.term_sums import TermSums
+from kdrun.term_sums import TermSums, shares_of_step
 
 STUDENT = "student"
 
@@ -234,12 +234,13 @@ class Distiller(LightningModule):
         self.after_each_step()
 
     def _regular_step(self, batch: Batch, progress: Progress) -> None:
-        for part in self._parts(batch):
+        parts = self._parts(batch)
+        samples = self.global_batch(self.position) if self.global_batch is not None else len(batch)
+        for part, share in zip(parts, shares_of_step(parts, samples), strict=True):
             terms = self._terms(part, progress)
             weights = self.method.weights(progress)
             if self.step_count == 0 and not self.gradient_shares:
                 self.gradient_shares = self._measure_gradients(terms, weights)
-            share = self._share_of_step(part, batch)
             counted = self.guard.accepts(terms)
             recorded = self.method.take_recorded()
             loss = self.sums.add(terms, weights, recorded, share, counted=counted)
@@ -275,18 +276,6 @@ class Distiller(LightningModule):
             return [batch]
         size = -(-len(batch) // parts)
         return [batch.rows(slice(i, i + size)) for i in range(0, len(batch), size)]
-
-    def _share_of_step(self, part: Batch, batch: Batch) -> float:
-        """Weight of a part in the mean over the whole batch of all ranks."""
-        if self.optimization.accumulate == 1 and distributed.world_size() == 1:
-            return 1.0
-        if batch.mask is not None and distributed.world_size() == 1:
-            # A mean over the positions that count weighs as many of these as it has.
-            return float(part.mask.sum() / batch.mask.sum().clamp(min=1))
-        samples = len(batch)
-        if distributed.world_size() > 1 and self.global_batch is not None:
-            samples = self.global_batch(self.position) / distributed.world_size()
-        return len(part) / samples
 
     def _measure_gradients(
         self, terms: Mapping[str, Tensor], weights: Mapping[str, float]

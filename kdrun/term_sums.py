@@ -1,14 +1,35 @@
-"""Sums of loss terms over an epoch, kept on the device."""
+"""Sums of loss terms over a step and over an epoch, kept on the device."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kdrun import distributed
+from kdrun.losses.distributed import sum_over_ranks
+from kdrun.outputs import Batch
+
+
+def shares_of_step(parts: Sequence[Batch], samples: int) -> list[float] | list[Tensor]:
+    """Weight of each part's mean in the gradient of a step, which is averaged over ranks.
+
+    A part weighs as many samples as it has; where positions are masked, as many as count of these,
+    which only the device knows: these weights stay there.
+
+    Args:
+        parts: of this rank.
+        samples: of the step, over all ranks.
+    """
+    ranks = distributed.world_size()
+    if len(parts) == ranks == 1:
+        return [1.0]
+    if parts[0].mask is None:
+        return [len(part) * ranks / samples for part in parts]
+    counts = torch.stack([part.mask.sum() for part in parts])
+    return list(counts * ranks / sum_over_ranks(counts.sum()).clamp(min=1))
 
 
 class TermSums:
@@ -20,7 +41,7 @@ class TermSums:
 
     def __init__(self) -> None:
         self.names: tuple[str, ...] = ()
-        self.count = 0.0
+        self.count: float | Tensor = 0.0
         self._weights: tuple[float, ...] = ()
         self._plain: list[Tensor] = []
         self._weighted: list[Tensor] = []
@@ -32,12 +53,17 @@ class TermSums:
         terms: Mapping[str, Tensor],
         weights: Mapping[str, float],
         recorded: Mapping[str, Tensor],
-        share: float = 1.0,
+        share: float | Tensor = 1.0,
         counted: bool = True,
     ) -> Tensor:
         """Add one step's terms; returns the weighted sum, with its graph, times ``share``.
 
-        Without ``counted`` the sums stay as they are.
+        Args:
+            terms: scalars by name.
+            weights: factors of some of them.
+            recorded: further scalars, which are no terms.
+            share: of the step, where it comes in parts; a scalar on the device if only that knows.
+            counted: whether the sums change.
         """
         names = tuple(terms)
         if names != self.names:
@@ -48,17 +74,21 @@ class TermSums:
             with torch.no_grad():
                 if factors != self._weights:
                     self._settle(factors)
-                torch._foreach_add_(self._since_change, values, alpha=share)
+                if isinstance(share, Tensor):
+                    torch._foreach_add_(self._since_change, torch._foreach_mul(values, share))
+                else:
+                    torch._foreach_add_(self._since_change, values, alpha=share)
                 for name, value in recorded.items():
                     value = value * share
                     known = self._recorded.get(name)
                     self._recorded[name] = value if known is None else known + value
-            self.count += share
+            self.count = self.count + share
         scaled = [v if f == 1.0 else v * f for v, f in zip(values, factors, strict=True)]
         total = scaled[0]
         for term in scaled[1:]:
             total = total + term
-        return total if share == 1.0 else total * share
+        whole = not isinstance(share, Tensor) and share == 1.0
+        return total if whole else total * share
 
     def _begin(self, terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> None:
         if self.names:
@@ -92,16 +122,18 @@ class TermSums:
 
         ``loss``, ``loss/<term>``, ``weighted/<term>``, and what the method recorded.
         """
-        if not self.count:
+        if not self.names:
             return {}
         self._settle()
         sums = torch.stack([*self._plain, *self._weighted]).float()
-        recorded, count = self._recorded, self.count
+        recorded, count = self._recorded, float(self.count)
         if distributed.world_size() > 1:
             parts = distributed.gather_objects((sums.cpu(), recorded, count))
             sums = torch.stack([part[0] for part in parts]).sum(0)
             recorded = {name: sum(part[1][name].cpu() for part in parts) for name in recorded}
             count = sum(part[2] for part in parts)
+        if not count:
+            return {}
         means = (sums / count).tolist()
         plain, weighted = means[: len(self.names)], means[len(self.names) :]
         found = {"loss": sum(weighted)}
@@ -123,7 +155,7 @@ class TermSums:
         """
         return {
             "names": list(self.names),
-            "count": self.count,
+            "count": float(self.count),
             "weights": list(self._weights),
             "plain": [value.clone() for value in self._plain],
             "weighted": [value.clone() for value in self._weighted],

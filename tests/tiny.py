@@ -32,6 +32,7 @@ from kdrun.models.mlp import MLP
 from kdrun.models.small_cnn import SmallCNN
 from kdrun.stages.train import Supervised
 from kdrun.tasks.classification import Classification
+from kdrun.tasks.task import Task
 
 WORDS = (
     "student=small_cnn",
@@ -125,23 +126,31 @@ class Training:
     checkpoint_seconds: float = 600.0
     keep_last: int = 2
     precision: Any = 32
-    task: Classification = field(default_factory=task)
+    task: Task = field(default_factory=task)
+    data: Callable[[], DataModule] = digits
     key: str = "tiny"
     loggers: Sequence[Any] = ()
 
     def start(self) -> Distiller:
         teachers = {role: build() for role, build in self.teachers.items()}
+        data = self.data()
         self.assembly: Assembly = assemble(
-            self.method(), self.student(), teachers, task=self.task, data=digits(), seed=0
+            self.method(), self.student(), teachers, task=self.task, data=data, seed=0
         )
         place = {"device": "cpu", "dtype": torch.float64 if self.precision == 64 else torch.float32}
         place |= {"rank": distributed.rank(), "world_size": distributed.world_size()}
-        views = self.assembly.method.views
-        self.train = digits().train(batch_size=self.batch_size, seed=0, views=views, **place)
-        self.validation = digits().validation(batch_size=256, **place)
+        method = self.assembly.method
+        self.train = data.train(
+            batch_size=self.batch_size,
+            seed=0,
+            views=method.views,
+            unlabelled=method.unlabelled,
+            **place,
+        )
+        self.validation = data.validation(batch_size=256, **place)
         self.distiller = Distiller(
             task=self.task,
-            method=self.assembly.method,
+            method=method,
             student=self.assembly.student,
             teachers=self.assembly.teachers,
             taps=self.assembly.taps,
@@ -157,10 +166,8 @@ class Training:
             epochs=self.epochs,
             steps_per_epoch=self.batches or len(self.train),
         )
-        self.distiller.global_batch = lambda position: digits().samples_at(
-            position, self.batch_size
-        )
-        self.assembly.method.prepare(self.distiller.frozen, self.train)
+        self.distiller.global_batch = lambda position: data.samples_at(position, self.batch_size)
+        method.prepare(self.distiller.frozen, self.train)
         return self.distiller
 
     def run(self, watch: SignalWatch | StopAt | None = None) -> Outcome:
