@@ -2,7 +2,8 @@
 
 Classes are on the last dimension; everything before it is a position (a sample, a token, a
 pixel). Every function returns the mean over positions, or over those that ``mask`` marks.
-Gradients flow to both sides; the engine detaches frozen teachers.
+Gradients flow to both sides; the engine detaches frozen teachers. Logits that count are finite; for
+classes that are ruled out see ``kdrun.losses.distributions``.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from kdrun.losses.precision import full_precision
 def mean_over(values: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean of ``values`` over all positions, or over those where ``mask`` is true.
 
-    What stands at masked positions does not matter, not even NaN. Zero if nothing is marked.
+    What stands at masked positions does not change the value, not even NaN. Zero if nothing is
+    marked.
     """
     if mask is None:
         return values.mean()
@@ -69,9 +71,14 @@ def kl_divergence(
     """
     student = F.log_softmax(student / temperature, dim=-1)
     teacher = F.log_softmax(teacher / temperature, dim=-1)
-    # One fused kernel forward and one backward, instead of three of each.
+    factor = _factor(temperature, t_squared)
+    if mask is None:
+        # Summed at once: the sums of each position and their mean would cost a small step more
+        # than the divergence itself.
+        total = F.kl_div(student, teacher, reduction="sum", log_target=True)
+        return total * (factor / max(student.shape[:-1].numel(), 1))
     divergence = F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=-1)
-    return mean_over(divergence, mask) * _factor(temperature, t_squared)
+    return mean_over(divergence, mask) * factor
 
 
 @full_precision
