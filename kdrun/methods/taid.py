@@ -21,9 +21,11 @@ Without a value, alpha is therefore 5 / N, which is the paper's at its length. T
 which t lies above the line is recorded (``taid_adaptive``), with t and the line themselves.
 
 Where paper and released code differ, the code is followed: J is a cross-entropy, though the paper
-writes a KL divergence of the same gradient (``progress_signal`` chooses which of them drives t),
-and the schedule advances with every part of an accumulated batch. Unlike the release, t stands
-still during validation, and ranks agree on it: J is averaged over them first.
+writes a KL divergence of the same gradient (``progress_signal`` chooses which of them drives t).
+Unlike in the release, t stands still during validation, moves once an optimiser step where that
+takes its batch in parts (there with each part), and ranks agree on it: J is the mean over the
+positions of all. The weights of the paper's runs on images are not known; ``distil_ratio`` is the
+option.
 """
 
 from __future__ import annotations
@@ -49,8 +51,15 @@ ALPHA_TIMES_STEPS = 5.0
 
 @full_precision
 def interpolated(student: Tensor, teacher: Tensor, t: Tensor) -> Tensor:
-    """Logits of the target, ``(1 - t) student + t teacher``, both ``(..., C)``; no gradient."""
-    return torch.lerp(student.detach(), teacher.detach(), t.to(student.dtype))
+    """Logits of the target, ``(1 - t) student + t teacher``, both ``(..., C)``; no gradient.
+
+    A class that one of both rules out (a logit of minus infinity) is ruled out by the target,
+    unless that one has no share in it.
+    """
+    # Zero times infinity would be no number, nor would the difference of two infinities.
+    lowest = torch.finfo(student.dtype).min / 4
+    ours, theirs = (logits.detach().clamp(min=lowest) for logits in (student, teacher))
+    return torch.lerp(ours, theirs, t.to(student.dtype))
 
 
 @full_precision
@@ -159,7 +168,9 @@ class TAID(Method):
         if self._of_step:
             losses, positions = (torch.stack(values) for values in zip(*self._of_step, strict=True))
             self._of_step = []
-            self.advance((losses * positions).sum() / positions.sum(), progress)
+            sums = torch.stack([(losses * positions).sum(), positions.sum()]).to(self.t)
+            total, count = distributed.sum_over_ranks(sums)
+            self.advance(total / count, progress)
 
     def line(self, progress: Progress) -> float:
         """The floor of t: linear in the optimiser steps done."""
@@ -173,10 +184,10 @@ class TAID(Method):
         none to be compared with.
 
         Args:
-            loss: J of the batch, a scalar.
+            loss: J of the batch, over all ranks; a scalar.
             progress: ``step`` is n, ``steps`` is N.
         """
-        loss = distributed.mean(loss.detach().to(self.t))
+        loss = loss.detach().to(self.t)
         alpha = ALPHA_TIMES_STEPS / max(progress.steps, 1) if self.alpha is None else self.alpha
         known = loss.isfinite() & self.previous.isfinite()
         relative = torch.where(known, (self.previous - loss) / (self.previous + 1e-15), 0.0)

@@ -76,12 +76,19 @@ def test_masked_positions_change_nothing_and_get_no_gradient() -> None:
     assert nothing.item() == 0
 
 
-def test_a_class_that_the_student_rules_out_adds_nothing() -> None:
-    student = torch.tensor([[1.0, 0.0, -torch.inf]], requires_grad=True)
-    values = interpolated_cross_entropy(student, torch.tensor([[1.0, 1.0, 0.0]]), torch.tensor(0.5))
-    loss = values[0, 0]
-    loss.backward()
-    assert loss.isfinite() and student.grad.isfinite().all()
+@pytest.mark.parametrize("t", [0.0, 0.4, 0.5, 1.0])
+@pytest.mark.parametrize("banned_by", ["student", "teacher", "both"])
+def test_a_class_that_is_ruled_out_adds_nothing(t: float, banned_by: str) -> None:
+    bans = torch.tensor([0.0, 0.0, -torch.inf], dtype=torch.float64)
+    ours = STUDENT + (0 if banned_by == "teacher" else bans)
+    theirs = TEACHER + (0 if banned_by == "student" else bans)
+    ours.requires_grad_()
+    values = interpolated_cross_entropy(ours, theirs, share(t))
+    values[:, 0].sum().backward()
+    assert values.isfinite().all() and ours.grad.isfinite().all()
+    if banned_by == "both":
+        expected = interpolated_cross_entropy(STUDENT[:, :2], TEACHER[:, :2], share(t))
+        torch.testing.assert_close(values, expected)
 
 
 # -- the schedule ------------------------------------------------------------------------------
