@@ -61,7 +61,7 @@ class VID(Method):
     """Maximise a bound on the mutual information with the teacher's maps.
 
     Args:
-        initial_variance: variance of every channel at the start.
+        initial_variance: variance of every channel at the start, above 1e-5.
         weight: factor of the sum over stages.
         supervised_weight: factor of the task's own loss.
     """
@@ -74,6 +74,8 @@ class VID(Method):
         supervised_weight: NonNegative = 1.0,
     ) -> None:
         super().__init__()
+        if initial_variance <= SMALLEST_VARIANCE:
+            raise ValueError(f"initial_variance={initial_variance:g} must exceed 1e-5")
         self.initial_variance = initial_variance
         self.weight = weight
         self.supervised_weight = supervised_weight

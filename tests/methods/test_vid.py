@@ -16,6 +16,11 @@ def test_variance_starts_where_it_is_told_and_is_trained() -> None:
     assert gaussian.rho.grad.abs().min() > 0
 
 
+def test_a_variance_below_the_smallest_is_refused() -> None:
+    with pytest.raises(ValueError, match="initial_variance=1e-05 must exceed 1e-5"):
+        VID(initial_variance=1e-5)
+
+
 def test_one_gaussian_per_stage(data, teacher, student) -> None:
     method = start(VID(), student, teacher, data).method
     assert [g.mean[0].in_channels for g in method.gaussians] == [4, 8, 16]
