@@ -120,7 +120,8 @@ def alpha_beta(log_q: Tensor, log_p: Tensor, *, alpha: float, beta: float) -> Te
     """The alpha-beta divergence, which holds forward KL at (1, 0) and reverse KL at (0, 1).
 
     Wang et al., ICML 2025 (ABKD): ``-1 / (a b) sum_c [p^a q^b - a / (a + b) p^(a + b) - b / (a + b)
-    q^(a + b)]``, and its limits where a, b or their sum is 0.
+    q^(a + b)]``, and its limits where a, b or their sum is 0. Where one of them is 0 the released
+    code divides by the other once, not twice, and so is no limit unless that is 1.
     """
     a, b = alpha, beta
     if a == 0 and b == 0:

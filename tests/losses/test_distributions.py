@@ -111,7 +111,7 @@ def test_identities() -> None:
         assert skewed(log_q, log_p, skew=1.0).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("limit", [(1.0, 0.0), (0.0, 1.0), (0.5, -0.5)])
+@pytest.mark.parametrize("limit", [(1.0, 0.0), (0.0, 1.0), (0.5, 0.0), (0.0, 0.5), (0.5, -0.5)])
 def test_alpha_beta_is_continuous_at_its_limits(limit: tuple[float, float]) -> None:
     log_q, log_p = pair()
     alpha, beta = limit
