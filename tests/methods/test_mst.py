@@ -14,7 +14,7 @@ from kdrun.methods.mst import MST, STUDENT, TARGET, CoTraining, Panel, Specialis
 from kdrun.outputs import ModelOutput, Progress
 from kdrun.tasks.classification import Classification
 from kdrun.tasks.imitation import Imitation
-from tests.methods.training import digits
+from tests.methods.training import agreement, digits, train
 from tests.tiny import mlp
 
 START = Progress(epoch=0, epochs=100, step=0, steps=1000)
@@ -256,3 +256,13 @@ def test_balance_of_both_kinds() -> None:
         gates = torch.softmax(method.gate(student.logits), -1).sum(0)
     assert values["CV"] == pytest.approx((gates.std() / gates.mean()).item(), rel=1e-4)
     assert values["KL"] != values["CV"]
+
+
+def test_training_brings_the_student_to_its_teachers(data, teacher, student) -> None:
+    """Both roles are given the same network, so whichever is chosen teaches the same."""
+    history = train(MST(masks=False), student, teacher, data, epochs=4)
+    assert history[-1]["kd"] < 0.3 * history[0]["kd"]
+    assert all(epoch["balance"] < 0.05 for epoch in history)
+    for epoch in history:
+        assert epoch["share_teacher"] + epoch["share_aux_teacher"] == pytest.approx(1, abs=1e-5)
+    assert agreement(student, teacher, data.inputs) > 0.9

@@ -11,7 +11,7 @@ from kdrun.methods.ofa import OFA, target_enhanced_coefficients, target_enhanced
 from kdrun.models.external import timm_model
 from kdrun.models.small_cnn import SmallCNN
 from kdrun.outputs import Batch, Progress
-from tests.methods.training import ConvNet, start
+from tests.methods.training import ConvNet, agreement, start, train
 
 NOW = Progress(0, 1, 0, 1)
 LOGITS = torch.tensor([[1.0, 2.0, 0.0], [0.5, -0.5, 1.5]], dtype=torch.float64)
@@ -245,6 +245,16 @@ def test_the_teacher_does_not_move(data, teacher) -> None:
     for name, value in teacher.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_training_brings_exits_and_student_to_the_teacher(data, teacher, student) -> None:
+    method = OFA(exponent=1.2)
+    history = train(method, student, teacher, data, epochs=3)
+    for term in ("exit1", "exit2", "exit3", "distillation"):
+        assert history[-1][term] < 0.6 * history[0][term], term
+    assert agreement(student, teacher, data.inputs) > 0.85
+    for name, network in method.eval().companions(student).items():
+        assert agreement(network, teacher, data.inputs) > 0.6, name
 
 
 def test_exits_vanish_from_the_deployed_student(data, teacher) -> None:
