@@ -19,6 +19,7 @@ from kdrun.checkpoints import saved_for
 from kdrun.data.module import DataModule
 from kdrun.errors import UserError
 
+NORMALISATION = "normalisation"
 TOLERANCE = 0.05
 """Largest difference of two normalisations, in standard deviations of the inputs."""
 
@@ -31,6 +32,16 @@ class HasInputNormalisation(Protocol):
     """
 
     input_normalisation: tuple[Sequence[float], Sequence[float]]
+
+
+@runtime_checkable
+class ConvertsInputs(Protocol):
+    """A network that normalises the data set's images anew before its weights see them.
+
+    ``converted_normalisation`` is how, as ``input_normalisation``.
+    """
+
+    converted_normalisation: tuple[Sequence[float], Sequence[float]]
 
 
 def refuse_other_data(node: Mapping[str, Any], entry: str, data: DataModule) -> None:
@@ -46,25 +57,29 @@ def refuse_other_data(node: Mapping[str, Any], entry: str, data: DataModule) -> 
     """
     if node["finetune"] or node["allow_other_data"]:
         return
+    given, whose = data.signature, "this data set's"
+    hint = "set dataset.mean and dataset.std; "
     if node["checkpoint"]:
         origin = f"{entry}.checkpoint={node['checkpoint']}"
         expected = saved_for(Path(node["checkpoint"]).expanduser())
     elif node.get("pretrained"):
         origin = f"the pretrained {entry}"
-        expected = _of_library(build_untrained(node, data, 0))
+        network = build_untrained(node, data, 0)
+        expected = _of_library(network)
+        if isinstance(network, ConvertsInputs):
+            given = {NORMALISATION: _as_json(network.converted_normalisation)}
+            whose, hint = "what it is given", f"leave {entry}.mean and {entry}.std null; "
     else:
         return
     for name, theirs in expected.items():
-        ours = data.signature.get(name)
+        ours = given.get(name)
         if ours is not None and not _agree(name, theirs, ours):
             raise UserError(
-                f"{origin} was made for other {name} ({in_words(name, theirs)}) than this data "
-                f"set's ({in_words(name, ours)}); {HINTS[name]}{entry}.finetune=true trains it "
-                f"further, {entry}.allow_other_data=true uses it all the same"
+                f"{origin} was made for other {name} ({in_words(name, theirs)}) than {whose} "
+                f"({in_words(name, ours)}); {hint if name == NORMALISATION else ''}"
+                f"{entry}.finetune=true trains it further, {entry}.allow_other_data=true uses it "
+                "all the same"
             )
-
-
-HINTS = {"classes": "", "normalisation": "set dataset.mean and dataset.std; "}
 
 
 def in_words(name: str, text: str) -> str:
@@ -80,8 +95,12 @@ def in_words(name: str, text: str) -> str:
 def _of_library(network: nn.Module) -> dict[str, str]:
     if not isinstance(network, HasInputNormalisation):
         return {}
-    mean, std = network.input_normalisation
-    return {"normalisation": json.dumps({"mean": list(mean), "std": list(std)})}
+    return {NORMALISATION: _as_json(network.input_normalisation)}
+
+
+def _as_json(normalisation: tuple[Sequence[float], Sequence[float]]) -> str:
+    mean, std = normalisation
+    return json.dumps({"mean": list(mean), "std": list(std)})
 
 
 def _agree(name: str, first: str, second: str) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kdrun.errors import UserError
+from kdrun.models.external import hf_normalisation
 from kdrun.models.vision_language import (
     Average,
     ImageConversion,
@@ -30,6 +31,14 @@ if TYPE_CHECKING:
     from transformers import CLIPConfig, CLIPModel
 
 
+Normalisation = tuple[Sequence[float], Sequence[float]]
+OPENAI: Normalisation = (
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+)
+"""Of the first CLIP, and of all that say nothing else."""
+
+
 class Towers(NamedTuple):
     """What a library gives.
 
@@ -38,12 +47,14 @@ class Towers(NamedTuple):
         size: side of the images in pixels.
         width: D.
         text: sentences to embeddings ``(N, D)``; None without weights.
+        normalisation: mean and standard deviation of the images that the weights were made with.
     """
 
     image: nn.Module
     size: int
     width: int
     text: Any
+    normalisation: Normalisation
 
 
 def clip(
@@ -56,8 +67,8 @@ def clip(
     average: Literal["norm_mean_norm", "norm_mean", "raw_mean"] = "norm_mean_norm",
     scale: Positive = 100.0,
     prompts: list,
-    mean: list[float] = (0.48145466, 0.4578275, 0.40821073),
-    std: list[float] = (0.26862954, 0.26130258, 0.27577711),
+    mean: list[float] | None = None,
+    std: list[float] | None = None,
     input_mean: list[float],
     input_std: list[float],
 ) -> VisionLanguageClassifier:
@@ -74,7 +85,8 @@ def clip(
         average: of the sentences of a class; see ``class_embeddings``.
         scale: of the cosines of the zero-shot head.
         prompts: sentences of each class; null: the data set's.
-        mean: of each channel of the images that it reads, in [0, 1].
+        mean: of each channel of the images that it reads, in [0, 1]; null: what the weights were
+            made with.
         std: likewise.
         input_mean: the same of the images that it is given; null: the data set's.
         input_std: likewise.
@@ -86,12 +98,17 @@ def clip(
         towers = _of_transformers(name, pretrained)
     else:
         towers = _of_open_clip(name, tag, pretrained)
-    conversion = ImageConversion(input_mean, input_std, mean, std, towers.size)
+    made_with = towers.normalisation
+    converted = (mean or made_with[0], std or made_with[1])
+    conversion = ImageConversion(input_mean, input_std, *converted, towers.size)
     embeddings = _embedded(towers, prompts, average)
     if head == "linear":
-        return VisionLanguageClassifier(conversion, towers.image, linear_head(embeddings))
-    zero_shot = ZeroShotHead(embeddings, _embedded(towers, prompts, "raw_mean"), scale)
-    return ZeroShotClassifier(conversion, towers.image, zero_shot)
+        network = VisionLanguageClassifier(conversion, towers.image, linear_head(embeddings))
+    else:
+        zero_shot = ZeroShotHead(embeddings, _embedded(towers, prompts, "raw_mean"), scale)
+        network = ZeroShotClassifier(conversion, towers.image, zero_shot)
+    network.input_normalisation, network.converted_normalisation = made_with, converted
+    return network
 
 
 @torch.no_grad()
@@ -128,9 +145,10 @@ def _of_transformers(name: str, pretrained: bool) -> Towers:
             raise UserError(f"clip {name}: its weights have no {tower} ({lacking[0]} is missing)")
     else:
         model = CLIPModel(config)
-    size, width = config.vision_config.image_size, config.projection_dim
+    image, size = TransformersImageTower(model), config.vision_config.image_size
+    width, normalisation = config.projection_dim, hf_normalisation(name) or OPENAI
     if not pretrained:
-        return Towers(TransformersImageTower(model), size, width, None)
+        return Towers(image, size, width, None, normalisation)
     tokenizer = _loaded(name, lambda: AutoTokenizer.from_pretrained(name))
     model.eval()
 
@@ -143,7 +161,7 @@ def _of_transformers(name: str, pretrained: bool) -> Towers:
             input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
         ).pooler_output
 
-    return Towers(TransformersImageTower(model), size, width, encode_text)
+    return Towers(image, size, width, encode_text, normalisation)
 
 
 def _configuration(name: str) -> CLIPConfig:
@@ -189,11 +207,12 @@ def _of_open_clip(name: str, tag: str | None, pretrained: bool) -> Towers:
         raise UserError(f"clip {name}: its weights cannot be fetched or read ({reason})") from error
     size = model.visual.image_size
     size = size[0] if isinstance(size, tuple) else size
-    tokenizer = open_clip.get_tokenizer(name)
     model.eval()
 
     def encode_text(texts: Sequence[str]) -> Tensor:
-        return model.encode_text(tokenizer(list(texts)))
+        return model.encode_text(open_clip.get_tokenizer(name)(list(texts)))
 
     width = open_clip.get_model_config(name)["embed_dim"]
-    return Towers(model.visual, size, width, encode_text if pretrained else None)
+    made = {} if tag is None else open_clip.get_pretrained_cfg(name, tag)
+    normalisation = (made.get("mean", OPENAI[0]), made.get("std", OPENAI[1]))
+    return Towers(model.visual, size, width, encode_text if pretrained else None, normalisation)

@@ -64,7 +64,8 @@ def timm_model(
     if pretrained and classes != num_classes:
         _warn_new_classifier(label, classes, num_classes)
     if given is not None:
-        network.input_normalisation = given.mean, given.std
+        expected = (overlay.get("mean", given.mean), overlay.get("std", given.std))
+        network.input_normalisation = expected
     return network
 
 
@@ -175,27 +176,49 @@ def hf_model(
     entries.pop("model_type", None)
     config = _build(label, lambda: configured(**entries), fetches=name is not None)
     classes = given.num_labels
-    if not pretrained:
-        return _build(
-            label,
-            lambda: AutoModelForImageClassification.from_config(
+
+    def build() -> nn.Module:
+        if not pretrained:
+            return AutoModelForImageClassification.from_config(
                 config, trust_remote_code=trust_remote_code
-            ),
-            fetches=False,
-        )
-    network = _build(
-        label,
-        lambda: AutoModelForImageClassification.from_pretrained(
+            )
+        return AutoModelForImageClassification.from_pretrained(
             name,
             config=config,
             ignore_mismatched_sizes=classes != num_classes,
             trust_remote_code=trust_remote_code,
-        ),
-        fetches=True,
-    )
-    if classes != num_classes:
+        )
+
+    network = _build(label, build, fetches=pretrained)
+    if pretrained and classes != num_classes:
         _warn_new_classifier(label, classes, num_classes)
+    expected = None if name is None else hf_normalisation(name)
+    if expected is not None:
+        network.input_normalisation = expected
     return network
+
+
+def hf_normalisation(name: str) -> tuple[list[float], list[float]] | None:
+    """Mean and standard deviation that a model of transformers normalises images with, in [0, 1].
+
+    Args:
+        name: on the hub, or a folder; None is returned where it has no image processor.
+    """
+    from transformers import ImageProcessingMixin
+
+    try:
+        processor = ImageProcessingMixin.get_image_processor_dict(name)[0]
+    except (OSError, ValueError):
+        return None
+    mean, std = processor.get("image_mean"), processor.get("image_std")
+    if not processor.get("do_normalize", True):
+        mean, std = [0.0] * 3, [1.0] * 3
+    if mean is None or std is None:
+        return None
+    # A processor multiplies 8-bit values by this before it normalises.
+    factor = processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1
+    largest = 255 * factor
+    return [value / largest for value in mean], [value / largest for value in std]
 
 
 def _build(label: str, builder: Callable[[], Any], *, fetches: bool) -> Any:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from kdrun.assembly import build_untrained
 from kdrun.checkpoints import save_weights, saved_for
 from kdrun.cli import run as kdrun
 from kdrun.data.batches import Preprocessing
@@ -18,8 +20,11 @@ from kdrun.data.resident import Samples
 from kdrun.errors import UserError
 from kdrun.fit import fit
 from kdrun.given_weights import refuse_other_data
+from kdrun.models.external import hf_model
 from kdrun.models.mlp import MLP
+from kdrun.models.vision_language import ImageConversion
 from kdrun.stages import training as training_module
+from tests.models.test_vision_language import tiny_clip
 from tests.tiny import WORDS, composed, digits, run, small_cnn
 
 Refused = Callable[..., str]
@@ -109,18 +114,84 @@ def test_files_from_elsewhere_say_nothing(tmp_path: Path) -> None:
         saved_for(tmp_path / "b.safetensors")
 
 
+IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+HALF = ([0.5] * 3, [0.5] * 3)
+ZERO = ([0.0] * 3, [1.0] * 3)
+OPENAI = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
+OTHER = "the pretrained teacher was made for other normalisation"
+
+
+def normalised(mean: list[float], std: list[float]) -> DataModule:
+    data = Numbers(target=[0, 1] * 4, shape=[3, 32, 32], mean=mean, std=std)
+    data.prepare()
+    return data
+
+
+def teacher(*words: str) -> dict[str, Any]:
+    return composed(*words, "teacher.pretrained=true").values["teacher"]
+
+
 @pytest.mark.parametrize("name", ["timm/resnet18", "torchvision/resnet18"])
 def test_the_pretrained_weights_of_a_library(name: str) -> None:
-    node = composed(f"teacher={name}", "teacher.pretrained=true").values["teacher"]
+    node = teacher(f"teacher={name}")
+    refuse_other_data(node, "teacher", normalised(*IMAGENET))
+    with pytest.raises(UserError, match=OTHER):
+        refuse_other_data(node, "teacher", normalised(*HALF))
 
-    def normalised(mean: list[float], std: list[float]) -> DataModule:
-        data = Numbers(target=[0, 1] * 4, shape=[3, 32, 32], mean=mean, std=std)
-        data.prepare()
-        return data
 
-    refuse_other_data(node, "teacher", normalised([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
-    with pytest.raises(UserError, match="the pretrained teacher was made for other normalisation"):
-        refuse_other_data(node, "teacher", normalised([0.5] * 3, [0.5] * 3))
+@pytest.mark.parametrize(
+    ("said", "fits"),
+    [
+        ({"image_mean": HALF[0], "image_std": HALF[1]}, HALF),
+        ({"image_mean": [1.0] * 3, "image_std": [1.0] * 3, "rescale_factor": 1 / 127.5}, HALF),
+        ({"image_mean": [127.5] * 3, "image_std": [127.5] * 3, "do_rescale": False}, HALF),
+        ({"image_mean": HALF[0], "image_std": HALF[1], "do_normalize": False}, ZERO),
+    ],
+    ids=["normalised", "rescaled otherwise", "not rescaled", "not normalised"],
+)
+def test_what_comes_with_weights_of_transformers(tmp_path: Path, said, fits) -> None:
+    options = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8], "depths": [1]}
+    hf_model(num_classes=2, options=options).save_pretrained(tmp_path)
+    node = teacher("teacher=hf", f"teacher.name={tmp_path}")
+    refuse_other_data(node, "teacher", normalised(*IMAGENET))  # Nothing is said yet.
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+    refuse_other_data(node, "teacher", normalised(*fits))
+    with pytest.raises(UserError, match=OTHER) as error:
+        refuse_other_data(node, "teacher", normalised(*IMAGENET))
+    assert "\n" not in str(error.value) and "set dataset.mean and dataset.std" in str(error.value)
+    refuse_other_data(node | {"allow_other_data": True}, "teacher", normalised(*IMAGENET))
+
+
+def test_a_clip_is_given_what_its_weights_were_made_with(tmp_path: Path) -> None:
+    """It converts whatever the data set gives, so only its own options can be wrong."""
+    tiny_clip(tmp_path)
+    words = ("teacher=clip", f"teacher.name={tmp_path}")
+    data = normalised(*IMAGENET)
+
+    def conversion(*more: str) -> ImageConversion:
+        return build_untrained(teacher(*words, *more), data, 0).conversion
+
+    assert conversion().mean_out.flatten().tolist() == pytest.approx(OPENAI[0])
+    said = {"image_mean": HALF[0], "image_std": HALF[1]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+    assert conversion().mean_out.unique().tolist() == [0.5]
+    assert conversion().std_out.unique().tolist() == [0.5]
+    refuse_other_data(teacher(*words), "teacher", data)
+    typed = [f"teacher.{key}={values}" for key, values in zip(("mean", "std"), OPENAI, strict=True)]
+    node = teacher(*words, *typed)
+    with pytest.raises(UserError, match=OTHER) as error:
+        refuse_other_data(node, "teacher", data)
+    assert "leave teacher.mean and teacher.std null" in str(error.value)
+    refuse_other_data(node | {"allow_other_data": True}, "teacher", data)
+    assert conversion(*typed).mean_out.flatten().tolist() == pytest.approx(OPENAI[0])
+
+
+def test_a_clip_of_open_clip_likewise() -> None:
+    pytest.importorskip("open_clip")
+    words = ("teacher=clip", "teacher.library=open_clip", "teacher.name=MobileCLIP-S1")
+    for tag, mean in (("teacher.tag=datacompdr", ZERO[0]), ("teacher.tag=null", OPENAI[0])):
+        network = build_untrained(teacher(*words, tag), normalised(*IMAGENET), 0)
+        assert network.conversion.mean_out.flatten().tolist() == pytest.approx(mean)
 
 
 class Numbers(DataModule):
