@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ def conflicts(config: Mapping[str, Any]) -> Iterator[str]:
     if training["teacher"]["batch_size"] is not None:
         yield from _batches(different["batch_size"], trainer, "training.teacher.batch_size")
     yield from _devices(trainer)
+    yield from _stage_names(config["recipe"]["stages"])
     further = [key for key in config if is_further_network(key)]
     for entry in ("teacher", *further):
         yield from _frozen(config[entry], entry, trainer)
@@ -26,6 +28,15 @@ def conflicts(config: Mapping[str, Any]) -> Iterator[str]:
     for entry in further:
         if config[entry]["cache"] != "none":
             yield f"{entry}.cache: only the outputs of teacher can be recorded; set it to none"
+
+
+def _stage_names(stages: Mapping[str, Any]) -> Iterator[str]:
+    """Stages name folders of a run, which must lie in its directory."""
+    for name, node in stages.items():
+        if not re.fullmatch(r"\w[\w.-]*", str(name)):
+            yield f"recipe.stages: {name!r} is no name of a stage; use letters, digits, _ and -"
+        if isinstance(node, Mapping) and isinstance(node.get("stages"), Mapping):
+            yield from _stage_names(node["stages"])
 
 
 def _frozen(node: Mapping[str, Any], entry: str, trainer: Mapping[str, Any]) -> Iterator[str]:

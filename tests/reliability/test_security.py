@@ -149,6 +149,20 @@ def test_a_choice_outside_the_tree_is_no_choice(tmp_path, capsys, group, name) -
     assert "Traceback" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["../../x", "/tmp/x", "..", ".hidden", "a/b", "a\nb", ""])
+def test_no_stage_leads_out_of_the_run(tmp_path, capsys, name) -> None:
+    """Also none of those that a stage is made of."""
+    stage = {"_target_": "kdrun.stages.evaluate.Evaluate"}
+    rounds = {"_target_": "kdrun.stages.rounds.Rounds", "stages": {name: stage}}
+    (tmp_path / "recipe").mkdir()
+    for stages in ({name: stage}, {"rounds": rounds}):
+        (tmp_path / "recipe" / "mine.yaml").write_text(yaml.safe_dump({"stages": stages}))
+        assert kdrun(["config", "--config-dir", str(tmp_path), "recipe=mine"]) == 2
+        error = capsys.readouterr().err
+        assert f"recipe.stages: {name!r} is no name of a stage" in error
+        assert error.count("\n") == 1
+
+
 @pytest.mark.parametrize("name", ["../../x", "../x.yaml", "/etc/passwd"])
 def test_a_table_outside_the_tree_is_one_line(tmp_path, capsys, name, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -216,6 +230,18 @@ def test_secrets_in_a_config_are_removed_by_the_name_of_their_entry(tmp_path: Pa
     write_json(tmp_path / "a.json", {"command": "kdrun logger.api_key=swordfish-1234"})
     assert "swordfish" not in (tmp_path / "a.json").read_text()
     assert redact("say opensesame") == "say [token removed]"
+
+
+def test_secrets_in_a_config_are_in_no_file_of_a_run(tmp_path: Path) -> None:
+    from kdrun.experiment import run_experiment
+
+    config = tiny_config(tmp_path, "method=ls")
+    values = config.values | {"logger": {"name": "csv", "api_key": "sk-proj-0123456789"}}
+    words = ["method=ls", "+logger.api_key=sk-proj-0123456789"]
+    run_experiment(values, names=config.names, overrides=words, command=words)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert "[api_key removed]" in next(p for p in files if p.name == "config.yaml").read_text()
+    assert not [path for path in files if b"sk-proj-0123456789" in path.read_bytes()]
 
 
 def test_secrets_are_in_no_record_of_a_sweep(tmp_path: Path, secrets: list[str]) -> None:
