@@ -15,6 +15,7 @@ from kdrun.assembly import (
     Assembly,
     assemble_untrained,
     build_untrained,
+    make_method,
     with_batch_statistics,
 )
 from kdrun.build import allowing
@@ -24,7 +25,7 @@ from kdrun.config import compose
 from kdrun.data.batches import described
 from kdrun.data.module import DataModule
 from kdrun.errors import UserError
-from kdrun.experiment import RESULT, prepare_data
+from kdrun.experiment import RESULT, prepare_data, stages_of
 from kdrun.export import FORMATS, SUFFIXES, export
 from kdrun.files import read_json, write_json
 from kdrun.identity import fingerprint
@@ -35,7 +36,7 @@ from kdrun.process import prepare_process
 from kdrun.report.summary import networks_table
 from kdrun.runs import CONFIG, stored_words
 from kdrun.stages.evaluate import EPOCHS, results_on_test
-from kdrun.stages.stage import Context
+from kdrun.stages.stage import Artefacts, Context
 from kdrun.stages.train import load_network
 from kdrun.store import Artefact, Store
 
@@ -72,7 +73,7 @@ def read_run(directory: Path) -> FinishedRun:
     Raises:
         UserError: it is not finished, or a file of it is damaged.
     """
-    if not (directory / RESULT).is_file():
+    if not is_complete(directory, contents=True, names=(CONFIG, RESULT)):
         raise UserError(f"{directory} is not finished; continue it with: kdrun resume {directory}")
     config, result = load_yaml(directory / CONFIG), read_json(directory / RESULT)
     # Options that a stage of the run has chosen.
@@ -101,7 +102,8 @@ def load_student(directory: str | Path, epoch: Epoch = "last") -> nn.Module:
 def evaluate_run(directory: Path, words: Sequence[str], catalogue: Catalogue) -> None:
     """Test a finished run's student again; print and write the result.
 
-    Teacher and student alone are tested too where the store still has them.
+    Teacher and student alone are tested too where the store still has them, a teacher that the run
+    has adapted as it was when the student learned from it.
 
     Args:
         directory: of the run; ``eval-<data set>.json`` is written there.
@@ -135,7 +137,7 @@ def evaluate_run(directory: Path, words: Sequence[str], catalogue: Catalogue) ->
             run_directory=directory,
             console=Console(config["trainer"]["progress"]),
             watch=SignalWatch(),
-            artefacts=run.artefacts(),
+            artefacts=Artefacts(run.artefacts()),
         )
         try:
             networks = _networks(run, context)
@@ -146,7 +148,8 @@ def evaluate_run(directory: Path, words: Sequence[str], catalogue: Catalogue) ->
             raise UserError(
                 f"{name} has inputs of {theirs}, but {directory} was trained on {ours}: {error}"
             ) from error
-        networks_results = results_on_test(context, networks)
+        roles = make_method(config["method"]).roles()
+        networks_results = results_on_test(context, networks, sources=roles)
     result = {
         "run": str(directory),
         "dataset": name,
@@ -201,7 +204,7 @@ def _networks(run: FinishedRun, context: Context) -> dict[str, nn.Module]:
             load_weights(networks[role], run.directory / f"{role}.safetensors")
         elif source in context.artefacts:
             try:
-                network = load_network(context, source)
+                network = _as_it_taught(run, context, source)
             except UserError as error:
                 # One that is built for the inputs of the run's own data set.
                 print(f"{role} is left out: {error}")
@@ -215,6 +218,19 @@ def _networks(run: FinishedRun, context: Context) -> dict[str, nn.Module]:
             networks[f"alone/{epoch}"] = alone
         networks[f"distilled/{epoch}"] = _deployed(run, epoch, assembly)
     return networks
+
+
+def _as_it_taught(run: FinishedRun, context: Context, source: str) -> nn.Module:
+    """A frozen network as the student learned from it, adapted where a stage of the run did that.
+
+    Raises:
+        UserError: it does not fit this data.
+    """
+    context = replace(context, artefacts=Artefacts(context.artefacts), networks={})
+    for name, stage in stages_of(context.config).items():
+        context.artefacts.setdefault(name, Artefact(run.directory, {}))
+        context.networks |= stage.adapted(context, name)
+    return load_network(context, source)
 
 
 def _deployed(run: FinishedRun, epoch: Epoch, assembly: Assembly) -> nn.Module:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from kdrun import distributed
 from kdrun.assembly import assemble
-from kdrun.checkpoints import load_weights, save_weights
+from kdrun.checkpoints import load_weights, read_weights, save_weights
 from kdrun.data.loader import LoaderOptions
 from kdrun.data.module import DataModule
 from kdrun.data.partial import PartlyLabelled
@@ -23,7 +23,7 @@ from kdrun.method import Method
 from kdrun.models.adapters import ClapClassifier, TipAdapter, multipliers
 from kdrun.models.vision_language import ZeroShot, zero_shot_logits
 from kdrun.outputs import Batch, ModelOutput, Progress
-from kdrun.parameters import Fraction, NonNegative, Positive, PositiveInt, checked_constructor
+from kdrun.parameters import Fraction, NonNegative, Positive, PositiveInt
 from kdrun.stages.stage import Context, Stage
 from kdrun.stages.train import Supervised, load_network
 from kdrun.stages.training import train, training_key
@@ -128,7 +128,6 @@ class TipAdapt(_Adaptation):
         largest_sharpness: likewise of b, in 200 steps.
     """
 
-    @checked_constructor
     def __init__(
         self,
         *,
@@ -145,12 +144,13 @@ class TipAdapt(_Adaptation):
         self.strength, self.sharpness = strength, sharpness
         self.largest_strength, self.largest_sharpness = largest_strength, largest_sharpness
 
-    def run(self, context: Context, name: str) -> None:
-        """Adapt, or find it done, and let the run learn from the adapted teacher."""
-        super().run(context, name)
-        network = self._network(context)
-        load_weights(network, context.artefacts[name].path(f"{name}/{WEIGHTS}"))
-        context.networks[TEACHER] = network
+    def adapted(self, context: Context, name: str) -> dict[str, nn.Module]:
+        """The adapter, from which the run learns."""
+        path = context.artefacts[name].path(f"{name}/{WEIGHTS}")
+        saved = read_weights(path)
+        network = TipAdapter(_base(context), saved["keys"], saved["values"])
+        load_weights(network, path)
+        return {TEACHER: network}
 
     def produce(self, context: Context, name: str, directory: Path) -> None:
         """Train the keys, then search strength and sharpness."""
@@ -252,7 +252,6 @@ class ClapAdapt(_Adaptation):
             the first round from the zero-shot one.
     """
 
-    @checked_constructor
     def __init__(
         self,
         *,
@@ -266,18 +265,16 @@ class ClapAdapt(_Adaptation):
         self.passes, self.batch_size, self.lr = passes, batch_size, lr
         self.momentum, self.warmup, self.lag = momentum, warmup, lag
 
-    def run(self, context: Context, name: str) -> None:
-        """Adapt, and let the round learn from the teacher that is due."""
-        super().run(context, name)
+    def adapted(self, context: Context, name: str) -> dict[str, nn.Module]:
+        """The classifier that is due, from which the round learns."""
         source = context.artefacts[name]
         if self.lag:
             if "previous" not in context.artefacts:
-                return
+                return {}
             source = context.artefacts["previous"]
-        base = _base(context)
-        network = ClapClassifier(base, torch.zeros(context.data.num_classes))
+        network = ClapClassifier(_base(context), torch.zeros(context.data.num_classes))
         load_weights(network, source.path(f"{name}/{WEIGHTS}"))
-        context.networks[TEACHER] = network
+        return {TEACHER: network}
 
     def produce(self, context: Context, name: str, directory: Path) -> None:
         """Train the prototypes of this round from the sentences on."""

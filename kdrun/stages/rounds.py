@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdrun import distributed
 from kdrun.assembly import make_method
@@ -23,6 +23,7 @@ from kdrun.errors import UserError
 from kdrun.evaluation import evaluation_device
 from kdrun.files import read_json, write_atomically, write_json
 from kdrun.forward import run_network
+from kdrun.layers.taps import Taps
 from kdrun.method import Acquisition
 from kdrun.outputs import Batch, ModelOutput
 from kdrun.stages.distil import assemble_run
@@ -84,7 +85,7 @@ class Rounds(Stage):
         """All rounds, one after the other; what the last one leaves is the run's."""
         method, data = make_method(context.config["method"]), context.data
         assert isinstance(method, Acquisition) and isinstance(data, PartlyLabelled)
-        rounds = method.rounds if context.limit_batches is None else 1
+        rounds = _rounds_after_the_first(method, context)
         known, told, previous = data.labelled.index, [], None
         for number in range(rounds + 1):
             context.watch.raise_if_received()
@@ -107,6 +108,20 @@ class Rounds(Stage):
         context.result["rounds"] = [
             {"labelled": len(facts["labelled"]), "networks": facts["networks"]} for facts in told
         ]
+
+    def adapted(self, context: Context, name: str) -> dict[str, nn.Module]:
+        """What the stages of the last round have adapted."""
+        method, directory = make_method(context.config["method"]), context.artefacts[name].directory
+        assert isinstance(method, Acquisition)
+        last = _rounds_after_the_first(method, context)
+        artefacts = Artefacts(context.artefacts)
+        if last:
+            artefacts["previous"] = Artefact(directory / f"round_{last - 1}", {})
+        networks: dict[str, nn.Module] = {}
+        for inner, stage in self.stages.items():
+            artefacts[inner] = Artefact(directory / f"round_{last}", {})
+            networks |= stage.adapted(replace(context, artefacts=artefacts), inner)
+        return networks
 
     def _context(
         self, context: Context, known: Tensor, folder: Path, previous: Artefact | None
@@ -203,20 +218,25 @@ class Rounds(Stage):
         )
 
 
+def _rounds_after_the_first(method: Acquisition, context: Context) -> int:
+    """As the method says; a trial has one."""
+    return method.rounds if context.limit_batches is None else 1
+
+
 @torch.no_grad()
 def _outputs(
-    context: Context, student: torch.nn.Module, taps: Any, batches: Any
+    context: Context, student: nn.Module, taps: Taps | None, batches: Iterable[Batch]
 ) -> Iterator[tuple[ModelOutput, Batch]]:
     """The student's output, with its taps, on each batch."""
     for batch in batches:
         yield run_network(context.task, student, batch, taps), batch
 
 
-def joined(pairs: Iterator[tuple[ModelOutput, Batch]]) -> tuple[ModelOutput, Tensor]:
+def joined(pairs: Iterable[tuple[ModelOutput, Batch]]) -> tuple[ModelOutput, Tensor]:
     """Outputs on batches as one output on all their samples, on the CPU, and the samples' numbers.
 
     Args:
-        pairs: outputs and the batches that they are of.
+        pairs: outputs and the batches that they are of, at least one.
     """
     outputs: list[ModelOutput] = []
     numbers: list[Tensor] = []
@@ -224,15 +244,9 @@ def joined(pairs: Iterator[tuple[ModelOutput, Batch]]) -> tuple[ModelOutput, Ten
         features = {name: value.float().cpu() for name, value in output.features.items()}
         outputs.append(ModelOutput(output.logits.float().cpu(), features))
         numbers.append(batch.index.cpu())
-
-    def together(values: Sequence[Tensor]) -> Tensor:
-        return torch.cat(list(values))
-
-    names = outputs[0].features
-    return (
-        ModelOutput(
-            together([output.logits for output in outputs]),
-            {name: together([output.features[name] for output in outputs]) for name in names},
-        ),
-        together(numbers),
-    )
+    features = {
+        name: torch.cat([output.features[name] for output in outputs])
+        for name in outputs[0].features
+    }
+    logits = torch.cat([output.logits for output in outputs])
+    return ModelOutput(logits, features), torch.cat(numbers)

@@ -14,6 +14,7 @@ from kdrun.errors import UserError
 from kdrun.interruption import SignalWatch
 from kdrun.lockstep import Member
 from kdrun.logs import Console
+from kdrun.parameters import checked_constructor
 from kdrun.store import Artefact, Store
 from kdrun.tasks.task import Task
 
@@ -84,6 +85,12 @@ class Stage:
     kind: ClassVar[str] = "artefact"
     shared: ClassVar[bool] = False
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # Values out of range are refused wherever a stage is built, not only by the command line.
+        if "__init__" in vars(cls):
+            cls.__init__ = checked_constructor(cls.__init__)
+
     def run(self, context: Context, name: str) -> None:
         """Make the artefact, or find it, and leave it in ``context.artefacts[name]``."""
         if not self.wanted(context):
@@ -101,6 +108,7 @@ class Stage:
             produce(context.run_directory)
             artefact = Artefact(context.run_directory, key)
         context.artefacts[name] = artefact
+        context.networks |= self.adapted(context, name)
 
     def check(self, config: Mapping[str, Any], data: DataModule) -> None:
         """Refuse what cannot go through this stage, before any stage begins.
@@ -115,6 +123,16 @@ class Stage:
 
     def key(self, context: Context) -> dict[str, Any]:
         """Everything that the artefact depends on, as plain values."""
+        return {}
+
+    def adapted(self, context: Context, name: str) -> dict[str, nn.Module]:
+        """Frozen networks that this stage has adapted, by config entry; default: none.
+
+        Asked once the artefact is there, in its own run and by later commands on that run.
+
+        Raises:
+            UserError: the adapted network does not fit this data.
+        """
         return {}
 
     def produce(self, context: Context, name: str, directory: Path) -> None:

@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from kdrun.catalogue import open_catalogue
+from kdrun.deployment import evaluate_run
 from kdrun.errors import ConfigErrors, UserError
 from kdrun.identity import run_directory
 from kdrun.validation import check
@@ -92,6 +94,13 @@ def test_every_strategy_in_a_run(tmp_path: Path, strategy: str) -> None:
     assert len(set(facts(directory, 0)["selected"])) == 5
 
 
+def eval_again(directory: Path) -> dict:
+    """What ``kdrun eval`` finds, by network."""
+    evaluate_run(directory, [], open_catalogue())
+    (path,) = directory.glob("eval-*.json")
+    return json.loads(path.read_text())["networks"]
+
+
 def test_clap_in_rounds(tmp_path: Path) -> None:
     words = (
         "recipe=pcoreset_clap",
@@ -99,9 +108,10 @@ def test_clap_in_rounds(tmp_path: Path) -> None:
         "recipe.stages.rounds.stages.clap.passes=64",
     )
     for lag in (0, 1):
-        _, directory = run(
+        result, directory = run(
             tmp_path, *ACTIVE, *SHORT, *words, f"recipe.stages.rounds.stages.clap.lag={lag}"
         )
+        assert eval_again(directory)["teacher"]["test"] == result["networks"]["teacher"]["test"]
         for number in (0, 1):
             clap = load_file(directory / f"round_{number}" / "clap" / "network.safetensors")
             assert not torch.equal(clap["prototypes"], clap["anchors"])
@@ -117,6 +127,9 @@ def test_tip_adapter_as_teacher(tmp_path: Path) -> None:
     assert tip["keys"].shape == (80, 32) and tip["values"].sum() == 80
     before, after = (r["networks"]["teacher"]["test"]["accuracy"] for r in (plain, adapted))
     assert after > before
+    assert eval_again(directory)["teacher"] == {
+        key: value for key, value in adapted["networks"]["teacher"].items() if key != "training"
+    }
 
 
 # -- interruptions ---------------------------------------------------------------------------------

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from kdrun.experiment import stages_of
+from kdrun.stages.specialise import CoTrain
 from kdrun.stages.stage import Context, Stage
 from tests.tiny import composed
 
@@ -60,3 +63,10 @@ def test_the_default_recipe() -> None:
     order = [name for name in stages if name in ("teacher", "alone", "distil", "evaluate")]
     assert order == ["teacher", "alone", "distil", "evaluate"]
     assert [stages[name].shared for name in order] == [True, True, False, False]
+
+
+def test_arguments_are_held_against_their_annotations() -> None:
+    with pytest.raises(ValueError, match="epochs must be integer >= 1, got 0"):
+        CoTrain(epochs=0)
+    with pytest.raises(TypeError):
+        Count(rows=3)
