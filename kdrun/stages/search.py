@@ -107,6 +107,7 @@ class Search(Stage):
         self.evaluations = evaluations
         self.budget = Budget(max_parameters, max_multiply_adds, max_layers)
         self.take, self.top, self.seed = take, top, seed
+        self._failure = ""
 
     def check(self, config: Mapping[str, Any], data: DataModule) -> None:
         """Refuse options that the student does not have, and a budget that nothing keeps."""
@@ -198,7 +199,9 @@ class Search(Stage):
                 "raise it or change the space"
             )
         if all(FAILED in each.scores.values() for each in history):
-            raise UserError(f"{name}: no architecture could be scored; the last: {self._failure}")
+            # Nothing is known of candidates that an earlier attempt has tried.
+            why = f"; the last: {self._failure}" if self._failure else ""
+            raise UserError(f"{name}: no architecture could be scored{why}")
         self._write(directory, history)
 
     # -- parts -------------------------------------------------------------------------------------

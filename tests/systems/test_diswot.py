@@ -104,6 +104,13 @@ def test_a_search_that_cannot_be_is_one_line(tmp_path: Path, words, message: str
     assert "\n" not in str(caught.value)
 
 
+def test_a_search_without_a_score_is_one_line_again(tmp_path: Path) -> None:
+    """All its candidates are known from the first attempt."""
+    for _ in range(2):
+        with pytest.raises(UserError, match="no architecture could be scored"):
+            run(tmp_path, *SHORT, "teacher=resnet8", f"{PLACE}.evaluations=5")
+
+
 def test_more_parents_than_the_tournament_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="parents=9 cannot exceed tournament=4"):
         run(tmp_path, *SHORT, f"{PLACE}.strategy.parents=9")
