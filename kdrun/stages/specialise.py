@@ -22,6 +22,7 @@ from kdrun.assembly import (
     make_method,
 )
 from kdrun.checkpoints import load_weights
+from kdrun.data.module import DataModule
 from kdrun.errors import UserError
 from kdrun.evaluation import Predictions
 from kdrun.files import file_sha256, read_json
@@ -190,6 +191,16 @@ class DistilRouted(Distil):
     ) -> None:
         self.lr, self.best = lr, best
 
+    def check(self, config: Mapping[str, Any], data: DataModule) -> None:
+        """Refuse masks that no stage trains."""
+        super().check(config, data)
+        method, stages = make_method(config["method"]), config["recipe"]["stages"]
+        if isinstance(method, MST) and method.masks and SPECIALISE not in stages:
+            raise UserError(
+                f"recipe.stages.{SPECIALISE} trains the masks: do not take it out, or set "
+                "method.masks=false"
+            )
+
     def run(self, context: Context, name: str) -> None:
         """As any stage, with the settings of this phase."""
         done = read_json(context.artefacts[COTRAIN].path("training.json"))["epochs"]
@@ -312,11 +323,16 @@ def trained_specialists(context: Context) -> Assembly:
     """The same with the masks of phase 2."""
     assembly = plain_specialists(context)
     if assembly.method.masks:
-        weights = context.config["recipe"]["stages"][SPECIALISE].get("weights", "best")
+        weights = kept_masks(context)
         panel = Panel(assembly.teachers, assembly.student)
         loaded(panel, context, SPECIALISE, f"specialists{EPOCHS[weights]}")
         assembly.teachers = assembly.method.teachers_of_phase_3(assembly.teachers)
     return assembly
+
+
+def kept_masks(context: Context) -> str:
+    """Which masks phase 2 has kept: those of the ``last`` epoch or of the ``best`` one."""
+    return context.config["recipe"]["stages"][SPECIALISE].get("weights", "best")
 
 
 def specialists_of(context: Context, assembly: Assembly) -> dict[str, dict[str, Any]]:
@@ -334,9 +350,8 @@ def specialists_of(context: Context, assembly: Assembly) -> dict[str, dict[str, 
         shares = {"first": float(epochs[0][column]), "last": float(epochs[-1][column])}
         found[name] = {"share": shares}
         if isinstance(teacher, SpecialisedTeacher):
-            weights = context.config["recipe"]["stages"][SPECIALISE].get("weights", "best")
             training = read_json(context.artefacts[SPECIALISE].path("training.json"))
-            values = training["validation"][weights]
+            values = training["validation"][kept_masks(context)]
             found[name] |= {what: values[f"{what}_{name}"] for what in ("kl", "plain_kl", "spread")}
             found[name]["layer"] = teacher.locations[-1].removeprefix("input:")
     return found

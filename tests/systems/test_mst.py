@@ -186,6 +186,7 @@ def test_runs_that_route_otherwise_share_the_first_phases(
         ("method.k=5", "k=5: there are 4 specialised teachers"),
         ("method.aux_layers=[fc9]", "no sub-module fc9 in SmallCNN"),
         ("method.mask_heads=20", "too narrow for 20 heads"),
+        ("recipe.stages.specialise=null", "trains the masks: .* method.masks=false"),
         ("recipe.stages.cotrain.epochs=3", "leaves nothing of training.epochs=3"),
         ("student.reads=sound", "reads=sound: a sample of this data set has image, audio"),
         ("method=kd", "no stage teacher|go with method=mst"),
