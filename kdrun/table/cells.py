@@ -144,11 +144,6 @@ def arm_of(row: str, column: str, words: Sequence[str], config: Config) -> Arm:
     changed = {key: value for key, value in teacher_settings.items() if value is not None}
     everywhere = {key: values[key] for key in ("dataset", "task", "protocol")}
     for_teacher = settings | changed
-    stages = values["recipe"]["stages"]
-    given = values["teacher"]["checkpoint"] or values["teacher"].get("pretrained")
-    trained = {} if given else {"teacher": for_teacher["epochs"]}
-    trained |= {"alone": settings["epochs"], "distil": settings["epochs"]}
-    epochs = {stage: number for stage, number in trained.items() if stage in stages}
     return Arm(
         row=row,
         column=column,
@@ -156,10 +151,26 @@ def arm_of(row: str, column: str, words: Sequence[str], config: Config) -> Arm:
         directory=run_directory(values, config.names).parent,
         teacher=fingerprint(everywhere | {"network": values["teacher"], "training": for_teacher}),
         student=fingerprint(everywhere | {"network": values["student"], "training": settings}),
-        epochs=epochs,
+        epochs=_epochs(values, for_teacher["epochs"]),
         group=group_of(values),
         at_once=values[AT_ONCE] or LARGEST_GROUP,
     )
+
+
+def _epochs(values: Mapping[str, Any], of_teacher: int) -> dict[str, int]:
+    """Epochs of each training of a run, by the name of its stage; of all rounds where it is
+    repeated in rounds."""
+    teacher, method, epochs = values["teacher"], values["method"], values["training"]["epochs"]
+    stages = values["recipe"]["stages"]
+    given = teacher["checkpoint"] or teacher.get("pretrained")
+    trained = {"teacher": of_teacher} if teacher["finetune"] or not given else {}
+    once = trained | {"alone": epochs, "distil": epochs}
+    found = {stage: number for stage, number in once.items() if stages.get(stage)}
+    nodes = filter(None, stages.values())  # null: taken out
+    repeated = {stage for node in nodes for stage in node.get("stages") or ()}
+    for stage in repeated & {"alone", "distil"}:
+        found[stage] = method.get("rounds", 0) * epochs + (method.get("final_epochs") or epochs)
+    return found
 
 
 # -- plans that are kept ---------------------------------------------------------------------------
@@ -173,7 +184,7 @@ def stored_plan(
     profile: str | None = None,
     typed: Sequence[str] = (),
 ) -> list[Arm]:
-    """``plan``, kept in ``folder`` for as long as no config file changes.
+    """``plan``, kept in ``folder`` for as long as neither config files nor kdrun change.
 
     Composing the hundred and more configurations of a large table takes many seconds; showing how
     far it is must not.
@@ -204,6 +215,8 @@ def _restored(stored: Mapping[str, Any]) -> Arm:
 
 
 def _state(catalogue: Catalogue) -> list[tuple[str, int, int]]:
-    """What changes when a config file does."""
-    files = [path for root in catalogue.directories for path in sorted(root.rglob("*.yaml"))]
-    return [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in files]
+    """What changes when a config file does, or the code that names runs."""
+    files = [path for root in catalogue.directories for path in root.rglob("*.yaml")]
+    files += Path(__file__).parents[1].rglob("*.py")
+    facts = [(path, path.stat()) for path in sorted(files)]
+    return [(str(path), fact.st_mtime_ns, fact.st_size) for path, fact in facts]

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from kdrun.catalogue import Catalogue
+from kdrun.config import compose
 from kdrun.errors import ConfigErrors
 from kdrun.table import cells as cells_module
-from kdrun.table.cells import Cell, cells_of, merge, plan, stored_plan
+from kdrun.table.cells import Cell, arm_of, cells_of, merge, plan, stored_plan
 from kdrun.table.config import open_table
 
 from .conftest import arm
@@ -57,6 +58,28 @@ def test_a_plan_holds_every_run_of_the_table(catalogue: Catalogue) -> None:
     assert dkd.directory.parts[:3] == ("outputs", "digits", "small_cnn-mlp")
     assert len({arm.teacher for arm in arms}) == 1
     assert arms[0].student == dkd.student != arms[1].student
+
+
+@pytest.mark.parametrize(
+    ("words", "epochs"),
+    [
+        (["method=pcoreset", "method.rounds=3"], {"teacher": 9, "distil": 8}),
+        (
+            ["method=pcoreset", "method.rounds=3", "method.final_epochs=5"],
+            {"teacher": 9, "distil": 11},
+        ),
+        (["method=kd", "teacher.checkpoint=a.pt"], {"alone": 2, "distil": 2}),
+        (
+            ["method=kd", "teacher.checkpoint=a.pt", "teacher.finetune=true"],
+            {"teacher": 9, "alone": 2, "distil": 2},
+        ),
+    ],
+)
+def test_the_epochs_of_a_run(catalogue: Catalogue, words: list[str], epochs: dict) -> None:
+    """Of all rounds of a training that is repeated; none of weights that are given."""
+    words = [*words, "training.epochs=2", "training.teacher.epochs=9"]
+    words.append("training.scheduler.warmup_epochs=0")
+    assert arm_of("row", "column", words, compose(words, catalogue)).epochs == epochs
 
 
 def test_profile_and_typed_words_reach_every_run(catalogue: Catalogue) -> None:
