@@ -112,7 +112,7 @@ def make_once(
     """
     artefact = Artefact(directory, dict(key))
     main = distributed.rank() == 0
-    lock = _acquire(directory, what, say, while_waiting) if main else None
+    lock = _acquire(directory, what, say, while_waiting)
     try:
         if main and afresh and directory.exists():
             shutil.rmtree(directory)
@@ -141,11 +141,21 @@ def note_use(directory: Path) -> None:
 
 def _acquire(
     directory: Path, what: str, say: Callable[[str], None], while_waiting: Callable[[], None]
-) -> Lock:
-    _make_directory(directory.parent)
-    lock = Lock(directory.with_name(f".{directory.name}.lock"))
+) -> Lock | None:
+    """Wait for the lock, which rank 0 gets; the others get None.
+
+    All ranks hear of every look, since a process group gives up on one that is silent for long.
+    """
+    lock = None
+    if distributed.rank() == 0:
+        _make_directory(directory.parent)
+        lock = Lock(directory.with_name(f".{directory.name}.lock"))
     waiting = False
-    while not lock.acquire(timeout=WAIT_SECONDS if waiting else 0):
+    while not distributed.broadcast(
+        lock is not None and lock.acquire(timeout=WAIT_SECONDS if waiting else 0)
+    ):
+        if lock is None:
+            continue
         if not waiting:
             who = lock.told()
             say(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from kdrun import distributed
 from kdrun import store as store_module
 from kdrun.artefacts import MARKER, commit, is_complete
 from kdrun.errors import UserError
@@ -278,3 +279,13 @@ def test_waiting_ends_with_a_signal(tmp_path: Path, monkeypatch) -> None:
     release.touch()
     process.join(30)
     assert process.exitcode == 0
+
+
+def test_ranks_wait_together(tmp_path: Path, monkeypatch) -> None:
+    """Rank 1 hears of each look at the lock: a process group gives up on ranks that are silent."""
+    heard = iter([False, False, True])
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    monkeypatch.setattr(distributed, "broadcast", lambda _: next(heard))
+    place = tmp_path / "store" / "network" / "0123"
+    assert store_module._acquire(place, "network", pytest.fail, pytest.fail) is None
+    assert not list(heard) and not list(tmp_path.iterdir())
