@@ -391,6 +391,7 @@ def test_the_order_of_the_data_has_its_own_seed(tmp_path: Path) -> None:
     given = tiny_config(tmp_path, "data_seed=3", "seed=1").values
     assert data_seed(given, "student", 1) == 3
     assert data_seed(given, "teacher", 0) == 0
+    assert data_seed(given, "image_teacher", 2) == 2
     unset = tiny_config(tmp_path, "seed=1").values
     assert data_seed(unset, "student", 1) == 1
     # What was made before there was such a seed keeps its name.

@@ -13,6 +13,7 @@ from kdrun.training_state import CHECKPOINT
 def trained_companions(context: Context, assembly: Assembly) -> dict[str, nn.Module]:
     """The method's companions of the student as they are after the last epoch, by name.
 
+    What a method learns has no average, so these go with the student itself, not with its average.
     They come from the last checkpoint of the training, the only file that holds what a method has
     learned. Where there are any, the student and the method of ``assembly`` get its weights too.
     """

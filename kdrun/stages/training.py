@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from kdrun import distributed
 from kdrun.assembly import Assembly
@@ -62,7 +63,7 @@ def training_key(context: Context, role: str) -> dict[str, Any]:
         "numerics": {name: trainer[name] for name in numerics},
         "limit_batches": context.limit_batches,
     }
-    if role != "teacher" and context.config["data_seed"] is not None:
+    if role == STUDENT and context.config["data_seed"] is not None:
         key["data_seed"] = context.config["data_seed"]
     return key
 
@@ -70,9 +71,9 @@ def training_key(context: Context, role: str) -> dict[str, Any]:
 def data_seed(config: Mapping[str, Any], role: str, seed: int) -> int:
     """The seed of data order and augmentation in the training of a role seeded with ``seed``.
 
-    The teacher has its own, so that runs whatever their ``data_seed`` share it.
+    A teacher has its own, so that runs whatever their ``data_seed`` share it.
     """
-    given = None if role == "teacher" else config["data_seed"]
+    given = config["data_seed"] if role == STUDENT else None
     return seed if given is None else given
 
 
@@ -196,29 +197,9 @@ def train(
         batch_size=context.data.evaluation_batch_size(batch_size), **place
     )
     steps = len(loader) if context.limit_batches is None else context.limit_batches
-    teachers, stand_ins, recorded = dict(assembly.teachers), {}, {}
     if recording is not None:
         check_recording(recording, context, assembly, loader, epochs, device)
-        role = recorded_role(assembly.method)
-        stand_ins[role], recorded[role] = recording, teachers.pop(role)
-    distiller = Distiller(
-        task=context.task,
-        method=assembly.method,
-        student=assembly.student,
-        teachers=teachers,
-        stand_ins=stand_ins,
-        taps=assembly.taps,
-        optimization=optimization_of(context, assembly.method, settings, steps),
-        epochs=epochs,
-        steps_per_epoch=steps,
-    )
-    distiller.trained_on = context.data.signature
-    distiller.global_batch = lambda position: context.data.samples_at(position, batch_size)
-    if options["channels_last"]:
-        for network in (*distiller.networks.values(), *distiller.frozen.values()):
-            network.to(memory_format=torch.channels_last)
-    if options["compile"]:
-        compile_networks(distiller)
+    distiller, recorded = _engine(context, assembly, settings, steps, recording)
     distiller.to(device)
     try:
         assembly.method.prepare(distiller.frozen | recorded, loader)
@@ -256,6 +237,40 @@ def train(
         write_json(directory / "training.json", summary(context, outcome))
     distributed.barrier()
     return outcome
+
+
+def _engine(
+    context: Context,
+    assembly: Assembly,
+    settings: Mapping[str, Any],
+    steps: int,
+    recording: Recording | None,
+) -> tuple[Distiller, dict[str, nn.Module]]:
+    """What trains an assembly; and, by role, the network that a recording speaks for there."""
+    options, batch_size = context.config["trainer"], settings["batch_size"]
+    teachers, stand_ins, recorded = dict(assembly.teachers), {}, {}
+    if recording is not None:
+        role = recorded_role(assembly.method)
+        stand_ins[role], recorded[role] = recording, teachers.pop(role)
+    distiller = Distiller(
+        task=context.task,
+        method=assembly.method,
+        student=assembly.student,
+        teachers=teachers,
+        stand_ins=stand_ins,
+        taps=assembly.taps,
+        optimization=optimization_of(context, assembly.method, settings, steps),
+        epochs=settings["epochs"],
+        steps_per_epoch=steps,
+    )
+    distiller.trained_on = context.data.signature
+    distiller.global_batch = lambda position: context.data.samples_at(position, batch_size)
+    if options["channels_last"]:
+        for network in (*distiller.networks.values(), *distiller.frozen.values()):
+            network.to(memory_format=torch.channels_last)
+    if options["compile"]:
+        compile_networks(distiller)
+    return distiller, recorded
 
 
 def compile_networks(distiller: Distiller) -> None:
