@@ -10,8 +10,13 @@ import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kdrun.browse import columns
+from kdrun.cores import usable_cores
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 CHECKED = (
     "kdrun",
@@ -56,7 +61,7 @@ def examine() -> Report:
     report.sections["System"] = [
         ("python", sys.version.split()[0], sys.executable),
         ("platform", platform.platform()),
-        ("cores", str(_cores())),
+        ("cores", str(usable_cores())),
     ]
     _packages(report)
     _extras(report)
@@ -69,10 +74,6 @@ def examine() -> Report:
     return report
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
@@ -80,7 +81,7 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _requirements(name: str) -> list:
+def _requirements(name: str) -> list[Requirement]:
     from packaging.requirements import Requirement
 
     try:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from kdrun.cores import usable_cores
 from kdrun.errors import Interrupted, UserError
 from kdrun.files import json_text, parse_json
 
@@ -74,7 +75,7 @@ def launch(words: Sequence[str], trainer: Mapping[str, Any]) -> dict[str, Any]:
             rdzv_endpoint="localhost:0",
             max_restarts=0,
         )
-        threads = max(1, (os.cpu_count() or 1) // devices)
+        threads = max(1, usable_cores() // devices)
         added = {OUTCOME: str(outcome), "OMP_NUM_THREADS": str(threads)}
         added |= {name: os.environ[name] for name in ("OMP_NUM_THREADS",) if name in os.environ}
         exit_code = received = 0

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from kdrun.cores import usable_cores
 
 PACKAGES = (
     "kdrun",
@@ -39,9 +40,7 @@ def environment() -> dict[str, Any]:
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "gpus": gpus,
         "cuda": torch.version.cuda if gpus else None,

@@ -29,6 +29,7 @@ from kdrun.data.loader import AugmentationCycle
 from kdrun.errors import UserError
 from kdrun.files import read_json, write_json
 from kdrun.outputs import Batch, ModelOutput
+from kdrun.sizes import in_words
 
 DESCRIPTION = "recording.json"
 INPUTS = "inputs"
@@ -75,7 +76,7 @@ class Dense:
         Raises:
             UserError: a value exceeds the range of the type.
         """
-        arrays = {"logits": output.logits}
+        arrays = {"logits": output.dense_logits}
         for number, name in enumerate(self.features):
             arrays[f"feature{number}"] = output.features[name]
         return {name: _narrowed(values, self.dtype) for name, values in arrays.items()}
@@ -118,7 +119,8 @@ class TopK:
 
     def encode(self, output: ModelOutput) -> Arrays:
         """``log_probabilities (B, k + 1)``, largest first and the rest's last; ``ids (B, k)``."""
-        full = output.logits if output.logits.dtype == torch.float64 else output.logits.float()
+        full = output.dense_logits
+        full = full if full.dtype == torch.float64 else full.float()
         ranked, ids = full.log_softmax(-1).sort(dim=-1, descending=True, stable=True)
         rest = ranked[..., self.k :].logsumexp(-1, keepdim=True)
         kept = torch.cat([ranked[..., : self.k], rest], -1)
@@ -221,15 +223,6 @@ def _create(
 
 def _unfinished(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
-
-
-def in_words(size: float) -> str:
-    """Bytes in words: ``12.3 MiB``."""
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB"
 
 
 # -- reading ---------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import shutil
 import time
@@ -16,6 +15,7 @@ from kdrun.browse import columns
 from kdrun.errors import UserError
 from kdrun.files import read_json, typed_path
 from kdrun.locks import Lock
+from kdrun.sizes import in_words
 
 USAGE = "kdrun store ls|verify|gc [--yes] [--budget 20GB] [output_dir=outputs]"
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -131,7 +131,7 @@ def _ls(folder: Path, found: Sequence[Entry]) -> int:
     for entry in found:
         date = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
         runs = str(len(served[entry.name])) if entry.finished else f"unfinished{_work(entry)}"
-        rows.append((entry.name, _size(entry.size), date, runs))
+        rows.append((entry.name, in_words(entry.size), date, runs))
     print(columns(rows))
     return 0
 
@@ -167,7 +167,7 @@ def _gc(folder: Path, found: Sequence[Entry], yes: bool, budget: int | None) -> 
         freed += _remove(entry, why, yes)
     if budget is not None:
         freed += _keep_within(budget, sum(entry.size for entry in found) - freed, kept, served, yes)
-    print(f"{_size(freed)} {'freed' if yes else 'to be freed: kdrun store gc --yes'}")
+    print(f"{in_words(freed)} {'freed' if yes else 'to be freed: kdrun store gc --yes'}")
     return 0
 
 
@@ -187,7 +187,7 @@ def _keep_within(
             used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
             freed += _remove(entry, f"last used {used}", yes)
     if size - freed > budget:
-        left = _size(size - freed)
+        left = in_words(size - freed)
         print(f"{left} stay, above the budget: runs that are not finished need them")
     return freed
 
@@ -235,9 +235,3 @@ def _walk(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for item in value:
             yield from _walk(item)
-
-
-def _size(count: float) -> str:
-    units = ("B", "KiB", "MiB", "GiB", "TiB")
-    power = min(int(math.log(max(count, 1), 1024)), len(units) - 1)
-    return f"{count / 1024**power:.{min(power, 1)}f} {units[power]}"

@@ -31,6 +31,7 @@ from kdrun.fit import make_trainer
 from kdrun.identity import run_directory
 from kdrun.loggers import check_logger
 from kdrun.optimization import make_optimizer, make_scheduler
+from kdrun.sizes import in_words
 from kdrun.stages.recorded import refuse_unrecordable
 from kdrun.stages.train import existing_file, is_trained_here
 from kdrun.stages.training import training_settings
@@ -211,15 +212,6 @@ def _line(title: str, text: str) -> str:
     return f"{title:<10} {text}"
 
 
-def _size(count: float) -> str:
-    """Bytes in words: ``12.3 MiB``."""
-    for unit in ("KiB", "MiB"):
-        count /= 1024
-        if count < 1024:
-            return f"{count:.1f} {unit}"
-    return f"{count / 1024:.1f} GiB"
-
-
 def _data_line(names: Mapping[str, str], data: DataModule) -> str:
     labels = "" if data.labelled_size == data.train_size else f" ({data.labelled_size:,} labelled)"
     sizes = f"{data.train_size:,} train{labels}, {data.validation_size:,} validation"
@@ -258,10 +250,11 @@ def _training_lines(
         "gradients and optimiser": learned * (1 + optimizer_states(settings)),
         "activations": samples * activation_bytes(assembly, task, data, device),
     }
-    listed = ", ".join(f"{name} {_size(size)}" for name, size in sizes.items())
+    listed = ", ".join(f"{name} {in_words(size)}" for name, size in sizes.items())
+    total = in_words(sum(sizes.values()))
     lines = [
         _line("steps", f"{steps:,} an epoch, {steps * epochs:,} in all, batches of {batch_size}"),
-        _line("memory", f"about {_size(sum(sizes.values()))} ({listed}), besides data and Python"),
+        _line("memory", f"about {total} ({listed}), besides data and Python"),
     ]
     added = parameter_count(method)
     if added:

@@ -17,6 +17,7 @@ LAYERS = {
         *(
             "__main__",
             "cli",
+            "help",
             "run",
             "runs",
             "sweep",
@@ -66,6 +67,8 @@ LAYERS = {
         *("build", "targets", "parameters", "errors", "store", "checkpoints", "distributed"),
         *(
             "clock",
+            "cores",
+            "sizes",
             "files",
             "identity",
             "interruption",
@@ -92,7 +95,7 @@ KNOWS = {
     "inputs": set(),
     "outputs": set(),
     "tasks": {"tasks", "losses", "inputs", "outputs", "parameters"},
-    "data": {"data", "outputs", "parameters", "errors"},
+    "data": {"data", "outputs", "parameters", "errors", "cores"},
     "models": {"models", "inputs", "build", "targets", "parameters", "errors"},
 }
 """All of kdrun that these parts may import."""

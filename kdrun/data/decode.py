@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kdrun.cores import usable_cores
 from kdrun.data.sources import ImageSource
 from kdrun.errors import UserError
 
@@ -83,7 +84,7 @@ def decode_all(
             )
         out[number] = array
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         for _ in pool.map(fill, range(out.shape[0]), chunksize=256):
             pass
 

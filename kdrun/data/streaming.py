@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from kdrun.cores import usable_cores
 from kdrun.data.batches import BatchMaker, Preprocessing
 from kdrun.data.decode import decode, resize_and_crop, to_array
 from kdrun.data.loader import LoaderOptions
@@ -234,7 +235,8 @@ def _as_it_is(fetched: tuple[dict, Tensor, Tensor] | str) -> tuple[dict, Tensor,
     return fetched
 
 
-def default_workers(world_size: int = 1) -> int:
-    """Worker processes per loader: the cores of this process, divided among ranks, at most 16."""
-    cores = len(os.sched_getaffinity(0))
-    return min(max(cores // world_size, 1), 16)
+def default_workers() -> int:
+    """Worker processes per loader, at most 16: the cores of this process, divided among those that
+    torchrun has started on this machine."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(max(usable_cores() // processes, 1), 16)

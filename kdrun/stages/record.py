@@ -16,10 +16,10 @@ from kdrun.recording import (
     array_path,
     describe,
     encode_views,
-    in_words,
     refuse_without_space,
     write_augmentation,
 )
+from kdrun.sizes import in_words
 from kdrun.stages.distil import assemble_run
 from kdrun.stages.recorded import (
     ENTRY,

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
+from kdrun.data import streaming
 from kdrun.data.augment import Augmentation, Mix
 from kdrun.data.images import Images
 from kdrun.data.loader import AugmentationCycle
@@ -131,3 +132,14 @@ def test_a_cycle_repeats_augmentations(class_folders):
     assert torch.equal(seen.index, expected.index[order])
     assert torch.equal(seen.inputs, expected.inputs[order])
     assert torch.equal(seen.views["strong"], expected.views["strong"][order])
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "workers"), [(12, None, 12), (12, "4", 3), (2, "4", 1), (64, None, 16)]
+)
+def test_the_processes_of_a_machine_share_its_cores(monkeypatch, cores, processes, workers):
+    monkeypatch.setattr(streaming, "usable_cores", lambda: cores)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if processes is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    assert streaming.default_workers() == workers
