@@ -63,11 +63,23 @@ def run_experiment(
     remember_secrets(config)
     prepare_process(config["trainer"])
     console = Console(config["trainer"]["progress"], label=member.label if member else "")
-    if config["dry"]:
-        return _dry_run(config, names, overrides, command, console, member)
+    perform = _dry_run if config["dry"] else _stored_run
+    with allowing(config["allow_packages"]):
+        return perform(config, names, overrides, command, console, member)
+
+
+def _stored_run(
+    config: dict[str, Any],
+    names: Mapping[str, str],
+    overrides: Sequence[str],
+    command: Sequence[str],
+    console: Console,
+    member: Member | None,
+) -> dict[str, Any]:
+    """The result in the run's directory, made where there is none."""
     directory = run_directory(config, names)
     key = identity(config) | {"seed": config["seed"]}
-    with SignalWatch() as watch, allowing(config["allow_packages"]):
+    with SignalWatch() as watch:
 
         def produce(where: Path) -> None:
             _run_stages(config, names, overrides, command, where, console, watch, member)
@@ -155,9 +167,7 @@ def _run_stages(
     main = distributed.rank() == 0
     if main:
         console.file = directory / "log.txt"
-        write_atomically(directory / "config.yaml", yaml.safe_dump(config, sort_keys=False))
-        write_atomically(directory / "overrides.txt", "".join(f"{o}\n" for o in overrides))
-        write_json(directory / "env.json", environment() | {"command": shlex.join(command)})
+        _write_origin(directory, config, overrides, command)
     data, task = _prepared(config, member)
     places = directory, Path(config["output_dir"])
     with open_loggers(config["logger"], *places, identity(config)) as loggers:
@@ -193,27 +203,47 @@ def _run_stages(
         for logger in loggers:
             logger.log_metrics(dict(flat_results(context.result)))
     if main:
-        facts = {
-            "schema": RESULT_SCHEMA,
-            "names": dict(names),
-            "seed": config["seed"],
-            "data_seed": config["data_seed"],
-            "side_by_side": 1 if member is None else member.companions,
-            "protocol": config["protocol"],
-            "metric": task.objective,
-            "direction": task.direction,
-            "command": shlex.join(["kdrun", *command]),
-            "directory": str(directory),
-            "data": data.fingerprint,
-            "num_classes": data.num_classes,
-            "input_shape": data.input_shape,
-            "artefacts": {name: artefact.name for name, artefact in context.artefacts.items()},
-            "seconds": time.time() - began,
-            # What a recipe without an evaluation leaves.
-            "networks": {},
-            "objective": None,
-        }
-        write_json(directory / RESULT, facts | context.result)
+        result = _facts(context, data, command) | {"seconds": time.time() - began} | context.result
+        write_json(directory / RESULT, result)
+
+
+def _write_origin(
+    directory: Path, config: dict[str, Any], overrides: Sequence[str], command: Sequence[str]
+) -> None:
+    """What is needed to do the run again."""
+    write_atomically(directory / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+    write_atomically(directory / "overrides.txt", "".join(f"{o}\n" for o in overrides))
+    write_json(directory / "env.json", environment() | {"command": shlex.join(command)})
+
+
+def _facts(context: Context, data: DataModule, command: Sequence[str]) -> dict[str, Any]:
+    """What ``result.json`` tells of every run.
+
+    Args:
+        context: the run after its last stage.
+        data: the data set as it was before any stage.
+        command: what repeats the run.
+    """
+    config, task, member = context.config, context.task, context.member
+    return {
+        "schema": RESULT_SCHEMA,
+        "names": context.names,
+        "seed": config["seed"],
+        "data_seed": config["data_seed"],
+        "side_by_side": 1 if member is None else member.companions,
+        "protocol": config["protocol"],
+        "metric": task.objective,
+        "direction": task.direction,
+        "command": shlex.join(["kdrun", *command]),
+        "directory": str(context.run_directory),
+        "data": data.fingerprint,
+        "num_classes": data.num_classes,
+        "input_shape": data.input_shape,
+        "artefacts": {name: artefact.name for name, artefact in context.artefacts.items()},
+        # What a recipe without an evaluation leaves.
+        "networks": {},
+        "objective": None,
+    }
 
 
 def _prepared(config: Mapping[str, Any], member: Member | None) -> tuple[DataModule, Task]:

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from kdrun import launch
-from kdrun.build import allowing
 from kdrun.catalogue import Catalogue
 from kdrun.config import Config, compose
 from kdrun.errors import Interrupted, UserError
@@ -68,10 +67,9 @@ def run_config(config: Config, words: Sequence[str], flags: Sequence[str]) -> Ou
 
         gc.enable()
         try:
-            with allowing(config.values["allow_packages"]):
-                result = run_experiment(
-                    config.values, names=config.names, overrides=words, command=command
-                )
+            result = run_experiment(
+                config.values, names=config.names, overrides=words, command=command
+            )
         except (UserError, Interrupted) as error:
             launch.report(error.exit_code)
             raise

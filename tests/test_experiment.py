@@ -282,6 +282,14 @@ def test_dry_leaves_nothing(tmp_path: Path, capsys) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+class Own(MLP):
+    """A network of the user's own."""
+
+
+def test_dry_builds_what_the_user_has_allowed(tmp_path: Path) -> None:
+    run(tmp_path, "dry=true", "student=tests.test_experiment.Own")
+
+
 def test_dry_finds_what_breaks(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="student gives 7 logits but the data set has 10 classes"):
         run(tmp_path, "dry=true", "student.num_classes=7")
