@@ -88,7 +88,8 @@ def export(network: nn.Module, task: Task, batch: Batch, format: str, path: Path
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.is_file():
+            temporary.unlink()
     return difference
 
 
@@ -98,7 +99,8 @@ def _write_state_dict(program: Logits, inputs: Tensor, path: Path) -> Callable[[
     if path.suffix == ".safetensors":
         save_weights(network, path)
     else:
-        torch.save(network.state_dict(), path)
+        with path.open("wb") as file:  # Opened here, so that a failure says why.
+            torch.save(network.state_dict(), file)
     copied = copy.deepcopy(program)
     with torch.no_grad():
         for parameter in copied.parameters():

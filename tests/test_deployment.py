@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -165,6 +166,14 @@ def test_a_state_dict_loads_in_plain_pytorch(finished, tmp_path: Path, capsys, n
     told = capsys.readouterr().out
     assert f"{path}: the student (last weights)" in told
     assert "checked on 5 test samples: logits differ by 0 at most" in told
+
+
+def test_a_file_that_cannot_be_written_is_one_line(finished, tmp_path: Path) -> None:
+    in_the_way = tmp_path / f".student.{os.getpid()}.pt"
+    in_the_way.mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*student\.pt: Is a directory"):
+        export_run(finished[1], [str(tmp_path / "student.pt")])
+    assert list(tmp_path.iterdir()) == [in_the_way]
 
 
 def test_what_is_printed_runs(finished, capsys) -> None:
