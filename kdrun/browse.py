@@ -198,11 +198,10 @@ def _first_line(docstring: str) -> str:
 
 
 def _long_text(group: str, target: str | None) -> str:
-    if not target or "." not in target:
+    """What the docstring of a method's module says after its first paragraph."""
+    if group != "method" or not target or "." not in target:
         return ""
-    docstring = module_docstring(target.rpartition(".")[0])
-    rest = docstring.partition("\n\n")[2]
-    return rest.strip() if group == "method" else ""
+    return module_docstring(target.rpartition(".")[0]).partition("\n\n")[2].strip()
 
 
 def _method_row(catalogue: Catalogue, name: str) -> tuple[str, ...]:
@@ -221,9 +220,7 @@ def _method_row(catalogue: Catalogue, name: str) -> tuple[str, ...]:
 
 def _options(group: str, path: Path) -> Rows:
     """Key, default, type and range, meaning of every entry of a config."""
-    role = "model" if group in ROLES else group
-    prefix = {"model": "student", "launcher": "launcher", "sweeper": "sweeper"}.get(role, role)
-    prefix = group if group in ROLES else prefix
+    prefix = "student" if group == "model" else group
     tree = load_yaml(path) or {}
     rows: Rows = []
     for entry in entries(path):

@@ -12,11 +12,14 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kdrun.errors import UserError
 from kdrun.files import typed_path
 from kdrun.parameters import find_source
+
+if TYPE_CHECKING:
+    from yaml import MappingNode
 
 ROLES = ("teacher", "student")
 GROUPS = ("method", "recipe", "dataset", "task", "training", *ROLES, "trainer", "logger")
@@ -256,7 +259,7 @@ def entries(path: Path) -> Iterator[Entry]:
         yield from _leaves(root, "", text, lines)
 
 
-def _leaves(node, prefix: str, text: str, lines: list[str]) -> Iterator[Entry]:
+def _leaves(node: MappingNode, prefix: str, text: str, lines: list[str]) -> Iterator[Entry]:
     for key_node, value_node in node.value:
         key = f"{prefix}{key_node.value}"
         if key_node.value == "defaults" and not prefix:

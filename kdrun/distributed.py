@@ -10,11 +10,6 @@ import torch.distributed as dist
 from torch import nn
 
 
-def launched() -> bool:
-    """Whether an external launcher (torchrun, srun) started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
 def initialize() -> None:
     """Join the process group that the launcher described; nothing to do in a single process.
 
@@ -34,7 +29,7 @@ def initialize() -> None:
             "MASTER_ADDR": slurm.main_address,
             "MASTER_PORT": str(slurm.main_port),
         }
-    if launched() and not dist.is_initialized():
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
 

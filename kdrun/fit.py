@@ -7,8 +7,6 @@ import io
 import itertools
 import logging
 import math
-import resource
-import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -16,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -30,6 +27,7 @@ from kdrun.interruption import SignalWatch, Stopped
 from kdrun.logs import EpochRow, TrainingLog
 from kdrun.nonfinite import REPORT, NonFinite
 from kdrun.outputs import Batch
+from kdrun.process import peak_memory
 from kdrun.tasks.task import Task
 from kdrun.training_state import (
     CHECKPOINT,
@@ -120,9 +118,18 @@ def fit(
     saved = read_checkpoint(directory / CHECKPOINT, key, log.say)
     best = directory / f"{product}_best.safetensors"
     session = _Session(
-        distiller, directory, best, key, log, watch, checkpoint_seconds, saved, patience, ties
+        distiller,
+        directory,
+        best,
+        key,
+        log,
+        watch,
+        checkpoint_seconds=checkpoint_seconds,
+        keep_last=keep_last,
+        saved=saved,
+        patience=patience,
+        ties=ties,
     )
-    session.keep_last = keep_last
     trainer.callbacks.append(session)
     trainer.limit_val_batches = len(validation) if limit_batches is None else limit_batches
     if saved is None or saved["epoch"] < distiller.epochs and not session.out_of_patience():
@@ -139,7 +146,8 @@ def fit(
         distiller.load_state_dict(saved["state_dict"])
     skipped = sum(row.get(SKIPPED, 0) for row in session.outcome.history)
     if skipped:
-        log.say(f"{skipped:.0f} of {distiller.step_count} updates were left out: not finite")
+        steps_taken = session.outcome.history[-1]["step"]
+        log.say(f"{skipped:.0f} of {steps_taken:.0f} updates were left out: not finite")
     if distributed.rank() == 0:
         for older in previous_checkpoints(directory / CHECKPOINT):
             older.unlink()
@@ -223,15 +231,16 @@ class _Session(Callback):
         key: str,
         log: TrainingLog,
         watch: SignalWatch,
+        *,
         checkpoint_seconds: float,
+        keep_last: int,
         saved: dict[str, Any] | None,
         patience: int | None,
         ties: Ties,
     ) -> None:
         self.distiller, self.directory, self.best, self.key = distiller, directory, best, key
         self.reporter, self.watch = log, watch
-        self.checkpoint_seconds = checkpoint_seconds
-        self.keep_last = 2
+        self.checkpoint_seconds, self.keep_last = checkpoint_seconds, keep_last
         self.saved = saved
         self.patience, self.ties = patience, ties
         self.outcome = Outcome()
@@ -328,7 +337,7 @@ class _Session(Callback):
         row |= {f"validation/{name}": value for name, value in module.validation.items()}
         row["seconds"] = seconds
         row["samples_per_second"] = samples / max(module.seconds_in_steps, 1e-9)
-        row["memory_mib"] = _peak_memory() / 2**20
+        row["memory_mib"] = peak_memory() / 2**20
         return row
 
     def save(self) -> None:
@@ -361,16 +370,6 @@ def _reported(error: NonFinite, log: TrainingLog, directory: Path) -> NonFinite:
     if distributed.rank() == 0:
         write_json(report, error.facts())
     return error
-
-
-def _peak_memory() -> int:
-    """Largest memory in bytes so far: of the GPU where there is one, else of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    # Linux counts in KiB, macOS in bytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
 
 
 def _score(row: EpochRow, task: Task) -> float:

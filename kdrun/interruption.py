@@ -74,8 +74,3 @@ class SignalWatch:
         """Raise ``Stopped`` where the state needs no saving (between two stages)."""
         if self.received:
             raise Stopped(self.received)
-
-
-def exit_code(signal_number: int) -> int:
-    """The shell's status for a process ended by this signal: 130 for SIGINT, 143 for SIGTERM."""
-    return 128 + signal_number

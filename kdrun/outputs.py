@@ -6,7 +6,6 @@ size, ``L`` sequence length.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,12 +128,6 @@ class ModelOutput:
     def dense_logits(self) -> Tensor:
         """The logits, computed if they have not been yet."""
         return self.logits.dense() if isinstance(self.logits, HeadLogits) else self.logits
-
-    @property
-    def stages(self) -> list[Tensor]:
-        """The tapped stage features, shallow to deep."""
-        names = [name for name in self.features if re.fullmatch(r"stage\d+", name)]
-        return [self.features[name] for name in sorted(names, key=lambda name: int(name[5:]))]
 
 
 @dataclass(frozen=True, slots=True)

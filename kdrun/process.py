@@ -1,9 +1,10 @@
-"""Settings of the whole process, made once before training."""
+"""The process: settings made once before training, and what memory there is."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,6 +55,15 @@ def free_memory(device: torch.device) -> int:
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_memory() -> int:
+    """Largest memory in bytes so far: of the GPU where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    # Linux counts in KiB, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _set_allocator(option: int, value: int) -> bool:

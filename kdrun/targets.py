@@ -122,16 +122,6 @@ def is_defined(target: str) -> bool:
     return False
 
 
-def definitions(module: str) -> list[str]:
-    """Names of the public classes and functions that a module's source defines."""
-    tree = _parse(module)
-    if tree is None:
-        return []
-    kinds = (ast.ClassDef, ast.FunctionDef)
-    names = [node.name for node in tree.body if isinstance(node, kinds)]
-    return [name for name in names if not name.startswith("_")]
-
-
 def module_docstring(module: str) -> str:
     """The docstring of a module, from its source; empty where there is none."""
     tree = _parse(module)

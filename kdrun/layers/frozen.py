@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from kdrun.inputs import call_network
+from kdrun.layers.surgery import replace_module
 
 LARGEST_DIFFERENCE = 1e-3
 """Between the logits before and after folding, relative to the largest of them."""
@@ -36,8 +37,9 @@ def fold_batch_norm(network: nn.Module, sample: Any) -> nn.Module:
     before = _logits(call_network(folded, sample))
     for convolution, norm in _neighbours(folded, sample).items():
         pair = (folded.get_submodule(path) for path in (convolution, norm))
-        _replace(folded, convolution, fuse_conv_bn_eval(*pair))
-        _replace(folded, norm, nn.Identity())
+        fused = fuse_conv_bn_eval(*pair).requires_grad_(False)
+        replace_module(folded, convolution, fused)
+        replace_module(folded, norm, nn.Identity().eval())
     difference = (_logits(call_network(folded, sample)) - before).abs().max()
     if not difference <= LARGEST_DIFFERENCE * before.abs().max().clamp(min=1.0):
         raise ValueError(
@@ -109,11 +111,6 @@ def _neighbours(network: nn.Module, sample: Any) -> dict[str, str]:
         for handle in handles:
             handle.remove()
     return found
-
-
-def _replace(network: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(network.get_submodule(parent), name, module.requires_grad_(False).eval())
 
 
 def _logits(output: Any) -> Tensor:

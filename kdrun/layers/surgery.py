@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdrun.inputs import call_network
 from kdrun.layers.taps import attach, tap_points
 
 
@@ -63,7 +64,7 @@ def find_pooled_map(network: nn.Module, sample: Any) -> tuple[str, torch.Size]:
     try:
         network.eval()
         with taps:
-            network(sample)
+            call_network(network, sample)
     finally:
         network.train(was_training)
         for handle in handles:
