@@ -1,9 +1,11 @@
 """A whole process: one epoch of 640 images of ten classes, resnet32 -> resnet20, start to end.
 
-kdrun and ``scripts/plain_kd.py`` read the same folder of PNG files, train one epoch with a given
-teacher, evaluate on 100 test images and write their checkpoints. kdrun's recipe is cut to these
-stages (no student alone for reference). Pairs of processes in alternating order, on one thread; the
-images are made of random numbers.
+kdrun and ``scripts/plain_kd.py --report`` read the same folder of PNG files, evaluate a given
+teacher, train one epoch, evaluate on 100 test images, write checkpoints, and compare teacher, last
+and best student. kdrun's recipe is cut to these stages (no student alone for reference). Pairs of
+processes in alternating order, on one thread; the images are made of random numbers. A third
+process is kdrun with the levers that compute the same function: channels-last memory, and batch
+normalisation folded into the teacher's convolutions.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,36 +25,52 @@ from benchmarks.epoch import PLAIN, run
 CLASSES, TRAIN_PER_CLASS, TEST_PER_CLASS = 10, 64, 10
 
 
+PLAIN_SCRIPT, KDRUN, LEVERS = "plain script", "kdrun", "kdrun, channels_last and folded teacher"
+
+
 def bench_process(rounds: int) -> None:
-    """Wall and CPU time of both processes, ``rounds`` times."""
-    rows = []
+    """Wall and CPU time of the processes, ``rounds`` times."""
+    found: dict[str, list[tuple[float, float]]] = {PLAIN_SCRIPT: [], KDRUN: [], LEVERS: []}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_images(folder / "images")
-        weights = teacher_weights(folder)
-        kdrun = [str(Path(sys.executable).with_name("kdrun")), "dataset=image_folder"]
-        kdrun += [f"dataset.name={folder / 'images'}", "dataset.storage=resident"]
-        kdrun += ["dataset.image_size=null", "dataset.resize=null", "dataset.crop_scale=null"]
-        kdrun += ["dataset.augmentation.crop_padding=4", "dataset.cache=false", "protocol=paper"]
-        kdrun += ["teacher=resnet32", f"teacher.checkpoint={weights}", "student=resnet20"]
-        kdrun += ["teacher.allow_chance=true", "method=kd", "recipe.stages.alone=null"]
-        kdrun += ["training=cifar240", "training.epochs=1", "trainer.accelerator=cpu"]
-        kdrun += ["training.scheduler.name=constant"]
-        plain = [sys.executable, str(PLAIN), "--images", str(folder / "images")]
-        plain += ["--teacher", "resnet32", "--teacher-weights", str(weights)]
-        plain += ["--student", "resnet20", "--save", str(folder / "plain.pt")]
+        commands = process_commands(Path(name))
         for number in range(rounds + 1):  # The first round fills the disk's cache.
-            found = {}
-            for title in ("kdrun", "plain") if number % 2 else ("plain", "kdrun"):
+            for title in list(found) if number % 2 else list(found)[::-1]:
                 with tempfile.TemporaryDirectory() as place:
-                    found[title] = timed(kdrun if title == "kdrun" else plain, Path(place))
-            if number:
-                rows.append((*found["kdrun"], *found["plain"]))
-    print(f"one epoch of {CLASSES * TRAIN_PER_CLASS} images, {rounds} pairs of processes")
-    print(f"  kdrun        {spread([wall for wall, *_ in rows])} s")
-    print(f"  plain script {spread([wall for _, _, wall, _ in rows])} s")
-    print(f"  ratio, wall  {spread([ours / theirs for ours, _, theirs, _ in rows])}")
-    print(f"  ratio, CPU   {spread([ours / theirs for _, ours, _, theirs in rows])}")
+                    spent = timed(commands[title], Path(place))
+                if number:
+                    found[title].append(spent)
+    print(f"one epoch of {CLASSES * TRAIN_PER_CLASS} images, {rounds} rounds of processes")
+    for title, rows in found.items():
+        wall, used = zip(*rows, strict=True)
+        plain_wall, plain_used = zip(*found[PLAIN_SCRIPT], strict=True)
+        print(f"  {title}: {spread(list(wall))} s")
+        if title != PLAIN_SCRIPT:
+            print(f"    wall over plain {spread(ratios(wall, plain_wall))}")
+            print(f"    CPU over plain  {spread(ratios(used, plain_used))}")
+
+
+def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    """Of each pair."""
+    return [one / other for one, other in zip(ours, theirs, strict=True)]
+
+
+def process_commands(folder: Path) -> dict[str, list[str]]:
+    """The command of each process; what they read is written to ``folder``."""
+    write_images(folder / "images")
+    weights = teacher_weights(folder)
+    kdrun = [str(Path(sys.executable).with_name("kdrun")), "dataset=image_folder"]
+    kdrun += [f"dataset.name={folder / 'images'}", "dataset.storage=resident"]
+    kdrun += ["dataset.image_size=null", "dataset.resize=null", "dataset.crop_scale=null"]
+    kdrun += ["dataset.augmentation.crop_padding=4", "dataset.cache=false", "protocol=paper"]
+    kdrun += ["teacher=resnet32", f"teacher.checkpoint={weights}", "student=resnet20"]
+    kdrun += ["teacher.allow_chance=true", "method=kd", "recipe.stages.alone=null"]
+    kdrun += ["training=cifar240", "training.epochs=1", "trainer.accelerator=cpu"]
+    kdrun += ["training.scheduler.name=constant"]
+    plain = [sys.executable, str(PLAIN), "--images", str(folder / "images"), "--report"]
+    plain += ["--teacher", "resnet32", "--teacher-weights", str(weights)]
+    plain += ["--student", "resnet20", "--save", str(folder / "plain.pt")]
+    levers = [*kdrun, "trainer.channels_last=true", "teacher.fold=true"]
+    return {PLAIN_SCRIPT: plain, KDRUN: kdrun, LEVERS: levers}
 
 
 def timed(command: list[str], folder: Path) -> tuple[float, float]:
