@@ -6,7 +6,7 @@ No torch, so that the store can be looked after at once.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,29 +33,31 @@ def commit(directory: Path, key: Mapping[str, Any]) -> None:
     write_json(directory / MARKER, {"key": dict(key), "finished": time.time(), "files": files})
 
 
-def is_complete(directory: Path, contents: bool = False) -> bool:
+def is_complete(directory: Path, contents: bool = False, names: Sequence[str] = ()) -> bool:
     """Whether the artefact was finished and its files are still what was written.
 
     Args:
         directory: of the artefact.
         contents: compare checksums too, not only sizes.
+        names: of the files that matter; none: all of them.
 
     Raises:
         UserError: it was finished, but is damaged.
     """
     if not (directory / MARKER).is_file():
         return False
-    for path in damaged(directory, contents):
+    for path in damaged(directory, contents, names):
         raise UserError(
             f"{path} is missing or not what was written; remove {directory} to make it again"
         )
     return True
 
 
-def damaged(directory: Path, contents: bool = True) -> Iterator[Path]:
+def damaged(directory: Path, contents: bool = True, names: Sequence[str] = ()) -> Iterator[Path]:
     """Files of a finished artefact that are missing or are not what was written."""
-    for name, facts in read_json(directory / MARKER)["files"].items():
-        path = directory / name
+    written = read_json(directory / MARKER)["files"]
+    for name in names or written:
+        path, facts = directory / name, written[name]
         if (
             not path.is_file()
             or path.stat().st_size != facts["bytes"]

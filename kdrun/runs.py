@@ -37,8 +37,16 @@ def open_run(text: str) -> Path:
 
 
 def stored_words(run: Path) -> list[str]:
-    """The words of the command that started a run."""
-    return shlex.split(read_json(run / ENVIRONMENT)["command"])
+    """The words of the command that started a run.
+
+    Raises:
+        UserError: what tells them is missing or damaged.
+    """
+    path = run / ENVIRONMENT
+    command = read_json(path).get("command")
+    if not isinstance(command, str):
+        raise UserError(f"{path} is damaged: it holds no command")
+    return shlex.split(command)
 
 
 def resume_config(run: Path, words: list[str], catalogue: Catalogue) -> tuple[Config, list[str]]:
@@ -58,7 +66,7 @@ def resume_config(run: Path, words: list[str], catalogue: Catalogue) -> tuple[Co
     if root != Path("outputs").resolve():
         words.append(f"output_dir={quoted(str(root))}")
     config = compose(words, catalogue)
-    stored = load_yaml(run / CONFIG)
+    stored = read_config(run)
     before = {key: value for key, value in stored.items() if key not in PLACE}
     now = {key: value for key, value in config.values.items() if key not in PLACE}
     changed = [
@@ -77,7 +85,7 @@ def diff(first: Path, second: Path) -> str:
     parts = []
     rows = [
         (key, spell(old), spell(new))
-        for key, old, new in differences(load_yaml(first / CONFIG), load_yaml(second / CONFIG))
+        for key, old, new in differences(read_config(first), read_config(second))
     ]
     parts.append("Config\n" + columns(rows, indent="  ") if rows else "Config: the same")
     results = [
@@ -121,18 +129,40 @@ def quoted(text: str) -> str:
     return f'"{escaped}"'
 
 
-def read_json(path: Path) -> Any:
+def read_config(run: Path) -> dict[str, Any]:
+    """The configuration that a run was made with.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    import yaml
+
+    path = run / CONFIG
+    try:
+        config = load_yaml(path)
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is damaged: {' '.join(str(error).split())}") from error
+    return _mapping(config, path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file of a run.
 
     Raises:
         UserError: it is missing or damaged.
     """
     try:
-        return parse_json(path.read_bytes())
+        return _mapping(parse_json(path.read_bytes()), path)
     except FileNotFoundError:
         raise UserError(f"{path} is missing: the run did not get that far") from None
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}") from error
+
+
+def _mapping(value: Any, path: Path) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged: it holds no named values")
+    return value
 
 
 def _numbers(value: Any, prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -43,8 +43,8 @@ def data_folder(name: str) -> Path | None:
     Returns None where neither exists; the hub is asked then.
 
     Raises:
-        UserError: if ``KDRUN_DATA`` names no folder, or an explicit path (``/x``, ``./x``, ``~/x``)
-            does not exist.
+        UserError: if ``KDRUN_DATA`` names no folder, ``name`` is a file, or an explicit path
+            (``/x``, ``./x``, ``~/x``) does not exist.
     """
     root = os.environ.get("KDRUN_DATA")
     if root and not Path(root).is_dir():
@@ -54,6 +54,8 @@ def data_folder(name: str) -> Path | None:
     for candidate in candidates:
         if candidate.is_dir():
             return candidate
+        if candidate.is_file():
+            raise UserError(f"dataset.name={name}: {candidate} is a file, not a folder")
     if name.startswith(("/", ".", "~")):
         raise UserError(f"dataset.name={name}: there is no such folder")
     return None

@@ -161,6 +161,7 @@ def test_no_such_data(hub_folder, monkeypatch):
     message = refusal(animals(name="owner/plants"))
     assert "owner/plants: not below KDRUN_DATA=" in message and "hub says" in message
     assert "there is no such folder" in refusal(animals(name="/nowhere/at/all"))
+    assert f"{__file__} is a file, not a folder" in refusal(animals(name=__file__))
     monkeypatch.setenv("KDRUN_DATA", "/nowhere")
     assert refusal(animals()) == "KDRUN_DATA=/nowhere is not a folder"
 

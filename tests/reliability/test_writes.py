@@ -195,6 +195,29 @@ def test_a_result_that_is_torn_or_flipped_is_refused_and_kept(tmp_path: Path, ca
     assert "result.json is damaged" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["config.yaml", "result.json", "env.json"])
+def test_a_run_with_a_damaged_file_is_one_line(tmp_path: Path, capsys, name: str) -> None:
+    words = ["method=ls", "recipe.stages.alone=null", "teacher.allow_chance=true"]
+    _, directory = run(tmp_path, *words)
+    path, place = directory / name, str(directory)
+    whole = path.read_text()
+    commands = {
+        "config.yaml": (["eval", place], ["export", place], ["resume", place]),
+        "result.json": (["eval", place], ["export", place], ["report", place]),
+        "env.json": (["resume", place],),
+    }[name]
+    for damaged in ("", "[]", "null", "3", '"x"', "x: [", "{}", whole[: len(whole) // 2]):
+        path.write_text(damaged)
+        for command in commands:
+            assert kdrun(command) == 2, (command, damaged)
+            error = capsys.readouterr().err
+            assert error.count("\n") == 1 and place in error, (command, damaged, error)
+        if damaged != "{}" and name != "env.json":
+            assert kdrun(["diff", place, place]) == 2, damaged
+            assert f"{path} is damaged" in capsys.readouterr().err
+        assert path.read_text() == damaged, "nothing is written over it"
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 256 KiB."""
