@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.tiny import Training, run
+from kdrun.cli import run as kdrun
+from kdrun.job import Record
+from tests.tiny import WORDS, Training
 
 
 def resident_bytes() -> int:
@@ -52,15 +54,20 @@ def test_training_does_not_grow(tmp_path: Path, epochs: int, allowed: int) -> No
 
 
 @pytest.mark.slow
-def test_many_runs_in_one_process_do_not_grow(tmp_path: Path) -> None:
+def test_a_sweep_in_one_process_does_not_grow(tmp_path: Path, monkeypatch) -> None:
     """A hundred runs that share a teacher; the first twenty warm up caches."""
-    seen = []
-    for seed in range(100):
-        run(tmp_path, f"seed={seed}", "method=ls")
-        if seed in (20, 99):
+    monkeypatch.chdir(tmp_path)
+    seen, write = [], Record.write
+
+    def measured(record: Record, directory: Path) -> None:
+        write(record, directory)
+        if record.status == "done" and record.number in (20, 99):
             seen.append((resident_bytes(), live_tensors()))
+
+    monkeypatch.setattr(Record, "write", measured)
+    assert kdrun(["-m", *WORDS, "method=ls", "teacher.seed=0", "seed=range(0,100)"]) == 0
     (early_bytes, early_tensors), (late_bytes, late_tensors) = seen
     grown = (late_bytes - early_bytes) / 2**20
-    print(f"80 runs: {grown:+.2f} MiB, {late_tensors - early_tensors:+d} tensors")
+    print(f"79 runs: {grown:+.2f} MiB, {late_tensors - early_tensors:+d} tensors")
     assert late_tensors <= early_tensors + 10
     assert grown < 40
