@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 from kdrun.losses.divergence import entropy
 from kdrun.methods.bdkd import BDKD, divergence_weights, weighted_divergences
 from kdrun.outputs import Batch, ModelOutput, Progress
+from tests.methods.training import ConvNet, train
 
 NOW = Progress(0, 1, 0, 1)
 STUDENT = torch.tensor([[2.0, 1.0, 0.0], [0.5, 0.5, 0.0]], dtype=torch.float64)
@@ -296,3 +298,18 @@ def test_the_share_of_more_confident_samples_is_recorded() -> None:
 def test_weights_that_are_the_wrong_way_round() -> None:
     with pytest.raises(ValueError, match="low_weight=2 must not exceed high_weight=1"):
         BDKD(high_weight=1, low_weight=2)
+
+
+# -- training --------------------------------------------------------------------------------------
+
+
+def test_both_learn_together_from_scratch(data, student) -> None:
+    torch.manual_seed(0)
+    teacher, alone = ConvNet(width=12), copy.deepcopy(student)
+    together = train(BDKD(), student, copy.deepcopy(teacher), data, epochs=3)
+    apart = train(BDKD(weight=0.0, teacher_weight=0.0), alone, teacher, data, epochs=3)
+    for term in ("forward", "reverse", "mutual_teacher"):
+        assert together[-1][term] < 0.8 * apart[-1][term], term
+    assert together[-1]["supervised_teacher"] < 0.3 * together[0]["supervised_teacher"]
+    accuracy = (student.eval()(data.inputs).argmax(1) == data.target).float().mean()
+    assert accuracy > 0.8

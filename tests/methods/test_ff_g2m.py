@@ -68,3 +68,44 @@ def test_both_divergences_are_recorded_in_every_mode() -> None:
     assert recorded["low_frequency"] == neighbour_divergence(STUDENT, TEACHER, EDGES)
     expected = difference_divergence(STUDENT, TEACHER, EDGES, temperature=1.5)
     assert recorded["high_frequency"] == expected
+
+
+# -- training --------------------------------------------------------------------------------------
+
+
+def two_rings(count: int = 40) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Noisy features of the nodes of two rings, their edges, and logits that follow the rings."""
+    generator = torch.Generator().manual_seed(0)
+    ring = torch.arange(2 * count) // count
+    following = torch.arange(2 * count).view(2, count).roll(1, dims=1).flatten()
+    there = torch.stack([torch.arange(2 * count), following])
+    features = torch.randn(2 * count, 8, generator=generator)
+    features[:, 0] += 3.0 * ring
+    place = torch.arange(2 * count) % count * (2 * torch.pi / count)
+    logits = torch.stack([2.0 - 2.0 * ring, 2.0 * ring, place.sin()], dim=1)
+    return features, torch.cat([there, there.flip(0)], dim=1), logits
+
+
+@pytest.mark.parametrize("mode", ["full", "lfd", "glnn"])
+def test_training_brings_a_perceptron_to_the_teacher(mode: str) -> None:
+    features, edges, logits = two_rings()
+    target = logits.argmax(1)
+    torch.manual_seed(0)
+    student = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 3))
+    method = FFG2M(mode=mode, label_weight=0.1)
+    optimizer = torch.optim.Adam(student.parameters(), 0.01)
+    batch = Batch({"x": features, "edge_index": edges}, target, torch.arange(len(target)))
+    recorded = []
+    for _ in range(100):
+        terms = method.losses(
+            ModelOutput(student(features)), {"teacher": ModelOutput(logits)}, batch, NOW
+        )
+        weights = method.weights(NOW)
+        optimizer.zero_grad()
+        sum(weights[name] * term for name, term in terms.items()).backward()
+        optimizer.step()
+        recorded.append(method.take_recorded())
+    assert recorded[-1]["low_frequency"] < 0.3 * recorded[0]["low_frequency"]
+    assert (student(features).argmax(1) == target).float().mean() > 0.95
+    if mode == "full":
+        assert recorded[-1]["high_frequency"] < 0.8 * recorded[0]["high_frequency"]
