@@ -26,7 +26,7 @@ def choose_points(
     Args:
         student: logits ``(B, C)`` with ``samples``, else ``(B, L, C)``.
         teacher: the same shape.
-        mask: ``(B, L)``, true at the positions that count; None: all do.
+        mask: ``(B,)`` or ``(B, L)``, true at the positions that count; None: all do.
         points: ``samples``: the logits as they are. ``label_words``: those of the label words at
             the first position of each sequence that counts ``(B, W)``. ``tokens``: positions of
             the whole batch ``(N, C)``. ``tokens_per_sequence``: positions ``(B, L, C)``.
@@ -36,7 +36,7 @@ def choose_points(
             likeliest in the batch; None: all.
     """
     if points == "samples":
-        return student, teacher, None
+        return student, teacher, mask
     if mask is None:
         mask = student.new_ones(student.shape[:-1]).bool()
     if points == "label_words":
