@@ -169,7 +169,7 @@ def test_a_run_gets_the_config_the_names_and_the_command_that_repeats_it(
     monkeypatch, tmp_path, capsys
 ):
     import kdrun.experiment
-    from kdrun.build import resolve
+    from kdrun.build import allowing, resolve
 
     (tmp_path / "own_net.py").write_text(
         "class Net:\n    def __init__(self, width: int = 1): ...\n"
@@ -179,7 +179,8 @@ def test_a_run_gets_the_config_the_names_and_the_command_that_repeats_it(
 
     def run_experiment(config, **told):
         seen.update(told, config=config)
-        seen["allowed"] = resolve("own_net.Net")
+        with allowing(config["allow_packages"]):
+            seen["allowed"] = resolve("own_net.Net")
         return {"objective": 1.0, "directory": "outputs/somewhere"}
 
     monkeypatch.setattr(kdrun.experiment, "run_experiment", run_experiment)
