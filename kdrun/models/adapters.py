@@ -27,8 +27,17 @@ def tip_logits(
         strength: a.
         sharpness: b.
     """
-    affinity = F.normalize(features.float(), dim=-1) @ keys.T
-    return zero_shot + strength * torch.exp(-sharpness * (1 - affinity)) @ values
+    return zero_shot + strength * cache_logits(affinity(features, keys), values, sharpness)
+
+
+def affinity(features: Tensor, keys: Tensor) -> Tensor:
+    """``f K^T``, ``(B, M)``, of features f ``(B, D)``, made unit vectors here."""
+    return F.normalize(features.float(), dim=-1) @ keys.T
+
+
+def cache_logits(affinities: Tensor, values: Tensor, sharpness: float | Tensor) -> Tensor:
+    """``exp(-b (1 - A)) V``, ``(B, C)``, of affinities A ``(B, M)``; see ``tip_logits``."""
+    return torch.exp(-sharpness * (1 - affinities)) @ values
 
 
 def multipliers(probabilities: Tensor, target: Tensor, num_classes: int) -> Tensor:

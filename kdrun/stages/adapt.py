@@ -14,13 +14,20 @@ from torch.nn import functional as F
 from kdrun import distributed
 from kdrun.assembly import assemble
 from kdrun.checkpoints import load_weights, read_weights, save_weights
-from kdrun.data.loader import LoaderOptions
+from kdrun.data.loader import Loader, LoaderOptions
 from kdrun.data.module import DataModule
 from kdrun.data.partial import PartlyLabelled
 from kdrun.data.seeding import stream_seed
 from kdrun.errors import UserError
+from kdrun.evaluation import evaluation_device
 from kdrun.method import Method
-from kdrun.models.adapters import ClapClassifier, TipAdapter, multipliers
+from kdrun.models.adapters import (
+    ClapClassifier,
+    TipAdapter,
+    affinity,
+    cache_logits,
+    multipliers,
+)
 from kdrun.models.vision_language import ZeroShot, zero_shot_logits
 from kdrun.outputs import Batch, ModelOutput, Progress
 from kdrun.parameters import Fraction, NonNegative, Positive, PositiveInt
@@ -31,6 +38,10 @@ from kdrun.stages.training import train, training_key
 TEACHER = "teacher"
 """The config entry whose network is adapted."""
 WEIGHTS = "network.safetensors"
+EMBEDDED_AT_ONCE = 256
+"""Images that the teacher embeds at once."""
+KEYS = 5
+"""What the random stream of Tip-Adapter's augmented passes is for; see ``kdrun.data.loader``."""
 
 
 class _Adaptation(Stage):
@@ -46,10 +57,9 @@ class _Adaptation(Stage):
 
     def key(self, context: Context) -> dict[str, Any]:
         """Teacher, labelled data and every setting."""
-        settings = {name: value for name, value in vars(self).items()}
         return {
             "adaptation": type(self).__name__,
-            "settings": settings,
+            "settings": dict(vars(self)),
             "teacher": context.artefacts[TEACHER].name,
             "seed": context.config["seed"],
         } | training_key(context, "student")
@@ -100,13 +110,19 @@ def _base(context: Context) -> nn.Module:
     return network
 
 
+def _device(context: Context) -> torch.device:
+    return evaluation_device(context.config["trainer"]["accelerator"])
+
+
 @torch.no_grad()
-def _embedded(network: nn.Module, data: DataModule, part: str) -> tuple[Tensor, Tensor]:
-    """Image embeddings ``(M, D)``, without augmentation, and targets ``(M,)`` of a part."""
-    options = LoaderOptions(batch_size=256)
-    pairs = [
-        (network.encode_image(batch.inputs), batch.target) for batch in data.loader(part, options)
-    ]
+def _embedded(network: nn.Module, loader: Loader) -> tuple[Tensor, Tensor]:
+    """Image embeddings ``(M, D)`` and targets ``(M,)`` of a loader's epoch, where the network is.
+
+    Args:
+        network: on the device of the loader.
+        loader: in stored order.
+    """
+    pairs = [(network.encode_image(batch.inputs), batch.target) for batch in loader]
     return torch.cat([features for features, _ in pairs]), torch.cat([t for _, t in pairs])
 
 
@@ -166,38 +182,42 @@ class TipAdapt(_Adaptation):
         }
         once = data.paired("cycle_unlabelled", None)
         self._train(context, name, folder, network, Supervised(), settings, once)
-        self._search(context, network.cpu().eval())
+        self._search(context, network.to(_device(context)).eval())
         if distributed.rank() == 0:
-            save_weights(network, folder / WEIGHTS)
+            save_weights(network.cpu(), folder / WEIGHTS)
 
     def _network(self, context: Context) -> TipAdapter:
         """The adapter before its keys are trained."""
         base = _base(context)
         data = context.data
         assert isinstance(data, PartlyLabelled)
-        keys, labels = self._keys(base, data, context.config["seed"])
-        values = F.one_hot(labels, data.num_classes).float()
+        keys = self._keys(base.to(_device(context)), data, context).cpu()
+        values = F.one_hot(data.labelled.target, data.num_classes).float()
+        base.cpu()
         return TipAdapter(base, keys, values, strength=self.strength, sharpness=self.sharpness)
 
-    @torch.no_grad()
-    def _keys(self, base: nn.Module, data: PartlyLabelled, seed: int) -> tuple[Tensor, Tensor]:
-        """Unit vectors ``(M, D)`` and labels ``(M,)``, in the order of the labelled samples."""
-        size = len(data.labelled)
-        options = LoaderOptions(batch_size=size, seed=stream_seed(seed, 5), augment=True)
+    def _keys(self, base: nn.Module, data: PartlyLabelled, context: Context) -> Tensor:
+        """Unit vectors ``(M, D)``, in the order of the labelled samples."""
+        seed = stream_seed(context.config["seed"], KEYS)
+        options = LoaderOptions(EMBEDDED_AT_ONCE, _device(context), seed, augment=True)
         loader = data.loader("labelled", options)
-        passes = []
+        total = torch.zeros(())
         for number in range(self.passes):
-            batch = loader.replay(number, 0)
-            passes.append(F.normalize(base.encode_image(batch.inputs), dim=-1))
-        return F.normalize(torch.stack(passes).mean(dim=0), dim=-1), data.labelled.target
+            loader.set_epoch(number)
+            total = total + F.normalize(_embedded(base, loader)[0], dim=-1)
+        return F.normalize(total / self.passes, dim=-1)
 
     @torch.no_grad()
     def _search(self, context: Context, network: TipAdapter) -> None:
-        features, target = _embedded(network.base, context.data, "validation")
+        options = LoaderOptions(EMBEDDED_AT_ONCE, _device(context))
+        features, target = _embedded(network.base, context.data.loader("validation", options))
+        zero_shot = zero_shot_logits(features, network.base.zero_shot_embeddings(), network.scale)
+        near = affinity(features, network.keys)
         best = -1
         for sharpness in _grid(self.largest_sharpness, 200):
+            cached = cache_logits(near, network.values, sharpness)
             for strength in _grid(self.largest_strength, 20):
-                logits = network.of_features(features, strength, sharpness)
+                logits = zero_shot + strength * cached
                 right = int((logits.argmax(-1) == target).sum())
                 if right > best:
                     best = right
@@ -282,10 +302,14 @@ class ClapAdapt(_Adaptation):
         assert isinstance(data, PartlyLabelled)
         folder.mkdir(exist_ok=True)
         base = _base(context)
-        features, target = _embedded(base, data, "labelled")
+        base.to(_device(context))
+        options = LoaderOptions(EMBEDDED_AT_ONCE, _device(context))
+        features, target = _embedded(base, data.loader("labelled", options))
         with torch.no_grad():
             zero_shot = zero_shot_logits(features, base.zero_shot_embeddings(), base.scale)
-        weights = multipliers(zero_shot.softmax(dim=-1), target, data.num_classes)
+        probabilities = zero_shot.softmax(dim=-1)
+        weights = multipliers(probabilities.cpu(), target.cpu(), data.num_classes)
+        base.cpu()
         network = ClapClassifier(base, weights)
         steps = max(1, self.passes * len(target) // self.batch_size)
         optimizer = {"_target_": "torch.optim.SGD", "lr": self.lr, "momentum": self.momentum}
