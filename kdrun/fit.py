@@ -111,6 +111,7 @@ def fit(
         UserError: the checkpoint belongs to another configuration or cannot be read.
         NonFinite: a loss or gradient was not finite; ``nonfinite.json`` tells more, and the
             checkpoint is from before.
+        Pruned: a search has given up the run (``kdrun.pruning``).
     """
     if distributed.rank() == 0:
         (directory / REPORT).unlink(missing_ok=True)
