@@ -43,8 +43,8 @@ def test_alone_it_says_in_ten_lines_what_it_is(tmp_path):
 
 def test_first_words_of_the_answer_are_commands_that_work():
     from kdrun.catalogue import open_catalogue
-    from kdrun.help import FIRST_WORDS
     from kdrun.config import compose
+    from kdrun.help import FIRST_WORDS
     from kdrun.overrides import parse
 
     lines = [
