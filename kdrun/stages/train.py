@@ -19,13 +19,14 @@ from kdrun.assembly import (
     load_init,
     make_method,
 )
-from kdrun.checkpoints import load_weights, save_weights
+from kdrun.checkpoints import load_weights, save_weights, saved_for
 from kdrun.data.module import DataModule
 from kdrun.errors import UserError
 from kdrun.files import file_sha256, typed_path, write_json
 from kdrun.given_weights import refuse_other_data
 from kdrun.method import Method
 from kdrun.outputs import Batch, ModelOutput, Progress
+from kdrun.stages.recorded import refuse_unrecordable
 from kdrun.stages.stage import Context, Stage
 from kdrun.stages.training import architecture, train, training_key
 
@@ -111,16 +112,19 @@ class TrainTeacher(Stage):
         node = context.config[self.entry]
         context = replace(context, data=context.data.for_teacher)
         network = build_network(node, context.data, node["seed"])
+        trained_on: dict[str, str] = {}
         if node["checkpoint"]:
-            load_weights(network, node["checkpoint"])
+            given = existing_file(node["checkpoint"], f"{self.entry}.checkpoint")
+            load_weights(network, given)
+            # What the file says of its data, not what is at hand here.
+            trained_on = saved_for(given)
         if is_trained_here(node):
             train_alone(
                 context, network, name, self.entry, node["seed"], self.key(context), directory
             )
         elif distributed.rank() == 0:
-            trained_on = context.data.signature
-            save_weights(network, directory / "network.safetensors", trained_on)
-            save_weights(network, directory / "network_best.safetensors", trained_on)
+            for file in WEIGHTS.values():
+                save_weights(network, directory / file, trained_on)
             write_json(directory / "training.json", {"epochs": 0, "seconds": 0.0})
 
 
@@ -204,8 +208,10 @@ def train_alone(
     Raises:
         UserError: the distillation that is to follow could not be put together.
     """
-    # A student that does not exist or does not fit is found now, not when this training is over.
-    assemble_untrained(context.config, context.data, context.task)
+    # What cannot be put together or recorded is found now, not when this training is over.
+    following = assemble_untrained(context.config, context.data, context.task)
+    if context.config["teacher"]["cache"] != "none":
+        refuse_unrecordable(context.config["teacher"], following.method, context.data.num_classes)
     assembly = assemble(Supervised(), network, {}, task=context.task, data=context.data, seed=seed)
     train(context, assembly, name=name, role=role, seed=seed, key=key, directory=directory)
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdrun.checkpoints import save_weights
+from kdrun.checkpoints import save_weights, saved_for
 from kdrun.errors import UserError
 from kdrun.models.mlp import MLP
 from kdrun.stages.train import (
+    WEIGHTS,
     TrainAlone,
     TrainTeacher,
     existing_file,
@@ -62,6 +63,17 @@ def test_what_does_not_make_another_student_alone(make_context, word: str) -> No
 @pytest.mark.parametrize("word", ["seed=1", "student.widths=[4]", "training.epochs=3"])
 def test_what_makes_another_student_alone(make_context, word: str) -> None:
     assert student_key(make_context) != student_key(make_context, word)
+
+
+def test_given_weights_keep_what_they_say_of_their_data(make_context, tmp_path: Path) -> None:
+    network = MLP(num_classes=10, input_shape=(1, 8, 8))
+    for number, said in enumerate(({}, {"normalisation": "another"})):
+        path = tmp_path / f"{number}.safetensors"
+        save_weights(network, path, said)
+        context = make_context(f"teacher.checkpoint={path}", "teacher.allow_other_data=true")
+        TrainTeacher().run(context, "teacher")
+        kept = context.artefacts["teacher"].directory
+        assert all(saved_for(kept / file) == said for file in WEIGHTS.values())
 
 
 def test_given_weights_are_named_by_their_content(make_context, tmp_path: Path) -> None:
