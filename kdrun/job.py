@@ -138,9 +138,18 @@ class Job:
 
 
 def read_records(directory: Path) -> list[Record]:
-    """The records of a sweep, in the order of its runs."""
-    found = [parse_json(path.read_bytes()) for path in directory.glob("*.json")]
-    return sorted((Record(**fields) for fields in found), key=lambda record: record.number)
+    """The records of a sweep, in the order of its runs.
+
+    Raises:
+        UserError: one is damaged.
+    """
+    records = []
+    for path in directory.glob("*.json"):
+        try:
+            records.append(Record(**parse_json(path.read_bytes())))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path} is damaged: {error}") from error
+    return sorted(records, key=lambda record: record.number)
 
 
 def mangled(key: str) -> str:

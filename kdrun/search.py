@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from kdrun.errors import UserError
 from kdrun.files import read_json
 from kdrun.pruning import Pruned
 
-OBJECTIVES = {"validation": "maximize", "parameters": "minimize", "seconds": "minimize"}
+OF_TASK = "the task's"
+OBJECTIVES = {"validation": OF_TASK, "parameters": "minimize", "seconds": "minimize"}
 """What a search can look for, and which way: the validation result at the best epoch, the size of
 the student, the time its training took."""
 
@@ -70,6 +71,13 @@ class Search:
         )
         return TrialJudge(optuna.trial.Trial(study, study.trials[number]._trial_id))
 
+    def has_result(self) -> bool:
+        """Whether any trial has ended with a result, now or earlier."""
+        import optuna
+
+        study = optuna.load_study(study_name=self.study_name, storage=self.storage)
+        return bool(study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE]))
+
     def measure(self, objective: float, directory: str | None) -> tuple[float, ...]:
         """The values of a finished run, one for each objective.
 
@@ -117,7 +125,22 @@ class TrialJudge:
         return max(self.values) if maximize else min(self.values)
 
 
-def open_study(settings: Mapping[str, Any], storage: str) -> Sitting:
+def directions_of(objectives: Sequence[str], task: str) -> list[str]:
+    """``maximize`` or ``minimize`` for each objective of a search.
+
+    Args:
+        objectives: their names.
+        task: ``_target_`` of the task, which knows what a better validation result is.
+    """
+    from hydra.utils import get_class
+
+    of_task = {"max": "maximize", "min": "minimize"}[get_class(task).direction]
+    return [of_task if OBJECTIVES[name] == OF_TASK else OBJECTIVES[name] for name in objectives]
+
+
+def open_study(
+    settings: Mapping[str, Any], storage: str, directions: Sequence[str], words: Sequence[str]
+) -> Sitting:
     """How to go on with a study, where there is one.
 
     ``n_trials`` counts all its trials. Those that were interrupted are closed and asked again with
@@ -126,17 +149,24 @@ def open_study(settings: Mapping[str, Any], storage: str) -> Sitting:
     Args:
         settings: of the sweeper.
         storage: where the study lies.
+        directions: of the objectives.
+        words: what is handed to the sweeper, the ranges and choices among it.
 
     Raises:
-        UserError: the study has that many trials.
+        UserError: the study cannot be read, has that many trials, or looks for something else.
     """
     import optuna
+    from sqlalchemy.exc import SQLAlchemyError
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    broken = (SQLAlchemyError, optuna.exceptions.OptunaError, ImportError, RuntimeError, ValueError)
     try:
         study = optuna.load_study(study_name=settings["study_name"], storage=storage)
     except KeyError:
         return Sitting()
+    except broken as error:
+        raise UserError(f"sweeper.storage={storage}: {str(error).splitlines()[0]}") from error
+    _refuse_another_search(study, storage, directions, words)
     states = optuna.trial.TrialState
     for trial in study.trials:
         if trial.state == states.RUNNING:
@@ -155,11 +185,53 @@ def open_study(settings: Mapping[str, Any], storage: str) -> Sitting:
     waiting = tuple(trial.number for trial in study.trials if trial.state == states.WAITING)
     # The same seed would draw the same first trials again.
     seed = int(settings.get("sampler.seed", settings["sampler"]["seed"]))
-    words = (
+    rest = (
         f"hydra.sweeper.n_trials={left}",
         f"hydra.sweeper.sampler.seed={seed + len(study.trials)}",
     )
-    return Sitting(waiting, len(study.trials), words)
+    return Sitting(waiting, len(study.trials), rest)
+
+
+def _refuse_another_search(
+    study: Any, storage: str, directions: Sequence[str], words: Sequence[str]
+) -> None:
+    """A study keeps its directions, its choices and the kinds of its ranges."""
+    from hydra_plugins.hydra_optuna_sweeper._impl import create_params_from_overrides
+    from optuna.distributions import check_distribution_compatibility
+
+    advice = (
+        "begin another one with hydra.sweep.dir=..., or with sweeper.study_name=... where you have "
+        "chosen the storage"
+    )
+    kept = [direction.name.lower() for direction in study.directions]
+    if kept != list(directions):
+        raise UserError(
+            f"the study in {storage} was begun to {', '.join(kept)}, this search is to "
+            f"{', '.join(directions)}; {advice}"
+        )
+    space, _ = create_params_from_overrides(list(words))
+    for trial in study.get_trials(deepcopy=False):
+        for name, before in trial.distributions.items():
+            if name not in space:
+                continue
+            try:
+                check_distribution_compatibility(before, space[name])
+            except ValueError as error:
+                raise UserError(
+                    f"{name.replace('/', '.')}: the study in {storage} draws it from "
+                    f"{_spelled(before)}, this search from {_spelled(space[name])}, and a study "
+                    f"keeps its choices; {advice}"
+                ) from error
+
+
+def _spelled(distribution: Any) -> str:
+    """Choices, or a range and its kind, for a message."""
+    from optuna.distributions import CategoricalDistribution
+
+    if isinstance(distribution, CategoricalDistribution):
+        return ",".join(map(str, distribution.choices))
+    kind = type(distribution).__name__.removesuffix("Distribution")
+    return f"{distribution.low:g} to {distribution.high:g} ({kind})"
 
 
 def _ask_again(study: Any, values: Mapping[str, Any]) -> None:

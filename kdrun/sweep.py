@@ -8,6 +8,7 @@ a single one. Its keys are handed over with slashes for dots, so that Hydra take
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import shlex
 import time
@@ -17,12 +18,13 @@ from typing import Any
 
 from kdrun.browse import columns
 from kdrun.catalogue import Catalogue, load_yaml
+from kdrun.config import compose
 from kdrun.errors import ConfigErrors, UserError
 from kdrun.identity import fingerprint
 from kdrun.job import Job, Record, mangled, read_records
 from kdrun.overrides import Override
 from kdrun.runs import quoted
-from kdrun.search import Search, open_study
+from kdrun.search import Search, directions_of, open_study
 from kdrun.sweep_groups import Groups
 from kdrun.sweep_plan import Plan, read_plan
 
@@ -45,14 +47,11 @@ def sweep(words: Sequence[str], flags: Sequence[str], catalogue: Catalogue) -> i
     if problems:
         raise ConfigErrors(problems)
     overrides, hydra_words, fail_fast = plan.overrides, plan.hydra_words, plan.fail_fast
-    directory = _directory(plan, words)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make {directory}: {error.strerror}") from error
-    search = _search(plan, directory, catalogue) if plan.searches else None
-    if search is not None:
-        hydra_words += search.sitting.words
+    directory = _made_directory(plan, words)
+    search = None
+    if plan.searches:
+        search, words_of_search = _search(plan, directory, catalogue)
+        hydra_words += words_of_search
     job = Job(
         flags=tuple(flags),
         directories=tuple(str(directory) for directory in catalogue.directories[1:]),
@@ -61,10 +60,18 @@ def sweep(words: Sequence[str], flags: Sequence[str], catalogue: Catalogue) -> i
         search=search,
         groups=Groups(overrides) if plan.in_this_process else None,
     )
-    began = time.time()
+    before = {record.number: record.began for record in read_records(directory / "jobs")}
     with _alone(directory):
-        stopped = multirun(overrides, hydra_words, directory, job, catalogue)
-    records = [record for record in read_records(directory / "jobs") if record.began >= began]
+        try:
+            stopped = multirun(overrides, hydra_words, directory, job, catalogue)
+        except ValueError:
+            # Optuna's sweeper closes by asking for the best trial, also where all have failed.
+            if search is None or search.has_result():
+                raise
+            stopped = False
+    # Clocks of other machines may be behind: what is new is told by what was there.
+    found = read_records(directory / "jobs")
+    records = [record for record in found if record.began != before.get(record.number)]
     print(summary(records, overrides, directory, flags))
     failed = any(record.status == "failed" for record in records)
     if stopped and not (fail_fast and failed):
@@ -103,30 +110,58 @@ def summary(
     return "\n".join(lines)
 
 
-def _directory(plan: Plan, words: Sequence[str]) -> Path:
+def _made_directory(plan: Plan, words: Sequence[str]) -> Path:
     """Where a sweep keeps its records; one from a file has a place that the same words find."""
     given = [word for word in plan.hydra_words if word.startswith("hydra.sweep.dir=")]
-    if given:
-        return Path(given[-1].partition("=")[2].strip("'\"")).resolve()
-    if plan.name is None:
-        return Path("outputs", "sweeps", time.strftime("%Y-%m-%d_%H-%M-%S")).resolve()
     typed = sorted(word for word in words if not word.startswith(("sweep=", "sweeper.n_trials=")))
     ending = f"-{fingerprint({'words': typed}, 8)}" if typed else ""
-    return Path("outputs", "sweeps", plan.name.replace("/", "_") + ending).resolve()
+    try:
+        if not given and plan.name is None:
+            now = time.strftime("%Y-%m-%d_%H-%M-%S")
+            return _new_directory(Path("outputs", "sweeps", now).resolve())
+        if given:
+            place = Path(given[-1].partition("=")[2].strip("'\""))
+        else:
+            place = Path("outputs", "sweeps", plan.name.replace("/", "_") + ending)
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {error.filename}: {error.strerror}") from error
+    return place.resolve()
 
 
-def _search(plan: Plan, directory: Path, catalogue: Catalogue) -> Search:
-    """The study of a search, new or gone on with."""
+def _new_directory(wanted: Path) -> Path:
+    """A directory of that name, or with a number behind it where another process was first."""
+    wanted.parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        place = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            place.mkdir()
+            return place
+    raise AssertionError("there is always another number")
+
+
+def _search(plan: Plan, directory: Path, catalogue: Catalogue) -> tuple[Search, list[str]]:
+    """The study of a search, new or gone on with, and what its sweeper must be told."""
     typed = dict(word.removeprefix("hydra.sweeper.").split("=", 1) for word in plan.hydra_words)
     settings = load_yaml(catalogue.path("sweeper", plan.sweeper)) | typed
     storage = settings["storage"].replace("${hydra.sweep.dir}", str(directory))
-    return Search(
+    directions = plan.directions or directions_of(plan.objectives, _task_of(plan, catalogue))
+    words = [_handed_over(override) for override in plan.overrides]
+    search = Search(
         storage=storage,
         study_name=settings["study_name"],
-        sitting=open_study(settings, storage),
+        sitting=open_study(settings, storage, directions, words),
         objectives=plan.objectives,
         pruner=plan.pruner,
     )
+    wanted = directions[0] if len(directions) == 1 else f"[{','.join(directions)}]"
+    return search, [f"hydra.sweeper.direction={wanted}", *search.sitting.words]
+
+
+def _task_of(plan: Plan, catalogue: Catalogue) -> str:
+    """``_target_`` of the task of a search's runs."""
+    first = [f"{o.key}={o.values[0]}" if o.is_sweep else o.word for o in plan.overrides]
+    return compose(first, catalogue).values["task"]["_target_"]
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from kdrun.overrides import Override, parse
 from kdrun.parameters import find_source
 from kdrun.search import OBJECTIVES
 
+DIRECTIONS = ("maximize", "minimize")
 HYDRA_GROUPS = ("launcher", "sweeper")
 """Groups whose choices are plugins of Hydra."""
 
@@ -66,6 +67,13 @@ class Plan:
     def searches(self) -> bool:
         """Whether values are chosen by a search."""
         return self.sweeper is not None
+
+    @property
+    def directions(self) -> list[str]:
+        """``maximize`` or ``minimize`` for each objective, where that was typed."""
+        start = "hydra.sweeper.direction="
+        typed = [word for word in self.hydra_words if word.startswith(start)]
+        return _listed(typed[-1]) if typed else []
 
     @property
     def in_this_process(self) -> bool:
@@ -146,25 +154,23 @@ def _fail_fast(settings: list[str]) -> tuple[bool, list[str]]:
     return "fail_fast=true" in map(str.lower, given), [w for w in settings if w not in given]
 
 
+def _listed(word: str) -> list[str]:
+    """The names in ``key=[a,b]`` or ``key=a``."""
+    parts = word.partition("=")[2].strip("[]").split(",")
+    return [part.strip() for part in parts if part.strip()]
+
+
 def _objectives(settings: list[str]) -> tuple[tuple[str, ...], list[str], list[str]]:
     """What a search looks for, the settings without that, and what is wrong with it."""
     given = [word for word in settings if word.startswith("objectives=")]
     if not given:
         return ("validation",), settings, []
-    names = tuple(
-        part.strip() for part in given[-1].partition("=")[2].strip("[]").split(",") if part.strip()
-    )
+    names = tuple(_listed(given[-1]))
     unknown = [name for name in names if name not in OBJECTIVES]
     problems = [unknown_choice("objectives", name, list(OBJECTIVES)) for name in unknown]
     if not names or len(set(names)) < len(names):
         problems.append(f"{given[-1]}: must be different ones of {', '.join(OBJECTIVES)}")
-    rest = [word for word in settings if word not in given]
-    if not problems and not any(word.startswith("sweeper.direction=") for word in rest):
-        if len(names) > 1:
-            rest.append(f"sweeper.direction=[{','.join(OBJECTIVES[name] for name in names)}]")
-        elif names != ("validation",):
-            rest.append(f"sweeper.direction={OBJECTIVES[names[0]]}")
-    return names, rest, problems
+    return names, [word for word in settings if word not in given], problems
 
 
 def _pruner(
@@ -204,9 +210,11 @@ def _search_problems(plan: Plan, words: Sequence[str]) -> list[str]:
         own = ("objectives", "pruner")
         given = [word for word in words if word.partition("=")[0].split(".")[0] in own]
         return [f"{word}: belongs to a search (sweeper=optuna)" for word in given]
-    directions = [w.partition("=")[2] for w in plan.hydra_words if "sweeper.direction=" in w]
-    number = directions[-1].count(",") + 1 if directions else 1
-    if number != len(plan.objectives):
+    unknown = [name for name in plan.directions if name not in DIRECTIONS]
+    if unknown:
+        return [unknown_choice("sweeper.direction", name, list(DIRECTIONS)) for name in unknown]
+    number = len(plan.directions)
+    if number and number != len(plan.objectives):
         return [f"sweeper.direction: {number} directions for {len(plan.objectives)} objectives"]
     if plan.pruner is not None and plan.objectives != ("validation",):
         return ["pruner: gives up trials by their validation result alone; it takes no objectives"]
@@ -241,12 +249,38 @@ def hydra_settings(settings: Sequence[str], catalogue: Catalogue) -> tuple[list[
             if option not in known and not inside:
                 problems.append(unknown_option(f"{group}.{option}", known, chosen[group]))
                 continue
+            problems += _setting_problem(word, option, node)
             words.append(f"{'+' if inside else ''}hydra.{word}")
         elif group not in HYDRA_GROUPS:
             words.append(word)
         elif not equals:
             problems.append(f"{word}: '=' is missing; options are written key=value")
     return words, problems
+
+
+LEAST = {"n_trials": 1, "sampler.n_startup_trials": 0}
+"""Smallest values of settings that count something."""
+
+
+def _setting_problem(word: str, option: str, node: Mapping[str, Any]) -> list[str]:
+    """What is wrong with a setting that its file gives a number."""
+    default: Any = node
+    for part in option.split("."):
+        default = default.get(part) if isinstance(default, dict) else None
+    text = word.partition("=")[2]
+    if isinstance(default, bool) or not isinstance(default, int | float):
+        return []
+    kind = int if isinstance(default, int) else float
+    try:
+        value = kind(text)
+    except ValueError:
+        return [f"{word}: must be {'integer' if kind is int else 'number'}, got {text}"]
+    least = 1 if word.startswith("sweeper.n_jobs=") else LEAST.get(option, value)
+    if value < least:
+        return [f"{word}: must be integer >= {least}, got {text}"]
+    if option == "max_failure_rate" and not 0 <= value <= 1:
+        return [f"{word}: must be from 0 to 1, got {text}"]
+    return []
 
 
 def _missing_package(group: str, name: str, catalogue: Catalogue) -> list[str]:

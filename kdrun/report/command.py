@@ -12,6 +12,7 @@ from kdrun.config import compose
 from kdrun.errors import ConfigErrors, UserError
 from kdrun.files import typed_path, write_atomically
 from kdrun.identity import run_directory
+from kdrun.job import read_records
 from kdrun.report import sweeps
 from kdrun.report.formats import FORMATS
 from kdrun.report.results import Results, results_of_runs
@@ -62,11 +63,12 @@ def main(words: Sequence[str], catalogue: Catalogue) -> int:
     if options.html:
         print(write_page(options, catalogue))
         return 0
+    first = typed_path(options.targets[0])
+    plain = len(options.targets) == 1 and not options.words and options.given.keys() <= {"out"}
     if "analysis" in options.given:
         written = analysis(options, catalogue)
-    elif is_sweep(Path(options.targets[0])) and "format" not in options.given:
-        directory = Path(options.targets[0])
-        written = sweeps.text(directory, trials_of(directory, catalogue))
+    elif plain and is_sweep(first):
+        written = sweeps.text(first, trials_of(first, catalogue))
     else:
         results = read_results(options, catalogue)
         written = FORMATS[options.given.get("format", "text")](results)
@@ -85,20 +87,23 @@ def write_page(options: Options, catalogue: Catalogue) -> Path:
     from kdrun.report.sweep_page import sweep_page
     from kdrun.table.request import read_request
 
-    refused = [key for key in ("format", "analysis") if key in options.given]
-    if refused:
-        raise UserError(f"{refused[0]}: a page has everything; leave out --html or this")
     first = typed_path(options.targets[0])
+    alone = len(options.targets) == 1 and ((first / RESULT).is_file() or is_sweep(first))
+    needless = ("format", "analysis", "correction")
+    refused = [key for key in options.given if key in needless or (alone and key != "out")]
+    if refused or (alone and options.words):
+        named = [*refused, *options.words][0]
+        raise UserError(f"{named}: a page has everything; leave out --html or this")
     if options.targets[0] in catalogue.choices("table"):
         place = read_request([options.targets[0], *options.words]).folder / "index.html"
     else:
         place = first / "report.html"
     if "out" in options.given:
         place = typed_path(options.given["out"])
-    if len(options.targets) == 1 and (first / RESULT).is_file():
-        page = run_page(read_run(first))
-    elif len(options.targets) == 1 and is_sweep(first):
+    if alone and is_sweep(first):
         page = sweep_page(first, trials_of(first, catalogue))
+    elif alone:
+        page = run_page(read_run(first))
     else:
         page = table_page(read_results(options, catalogue), place.parent)
     write_atomically(place, page)
@@ -202,15 +207,25 @@ def trials_of(sweep: Path, catalogue: Catalogue) -> list[Trial]:
     ``<output_dir>/sweeps/<sweep>``.
     """
     trials = []
-    for record in sweeps.read_records(sweep):
+    for record in read_records(sweep / sweeps.RECORDS):
         directory = None
-        place = record.get("directory") or _directory_of(record["words"], catalogue)
+        place = record.directory or _directory_of(record.words, catalogue)
         if place is not None:
-            roots = (Path(), sweep.resolve().parents[2])
+            roots = (Path(), *sweep.resolve().parents[2:3])
             directory = next((root / place for root in roots if (root / place).is_dir()), None)
         run = read_run(directory) if directory and (directory / RESULT).is_file() else None
-        known = {key: record[key] for key in ("number", "status", "objective", "seconds", "error")}
-        trials.append(Trial(words=tuple(record["words"]), run=run, directory=directory, **known))
+        trials.append(
+            Trial(
+                number=record.number,
+                words=tuple(record.words),
+                status=record.status,
+                objective=record.objective,
+                seconds=record.seconds,
+                error=record.error,
+                run=run,
+                directory=directory,
+            )
+        )
     return trials
 
 

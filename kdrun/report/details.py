@@ -28,13 +28,20 @@ def curves_of(run: Run, network: str) -> Curves | None:
         name = run.artefacts.get(STAGES.get(network, network))
         if name is None:
             return None
-        path = output_directory(run) / "store" / name / "metrics.csv"
+        above = output_directory(run)
+        if above is None:
+            return None
+        path = above / "store" / name / "metrics.csv"
     return read_curves(path) if path.is_file() else None
 
 
-def output_directory(run: Run) -> Path:
-    """The output directory that a run lies in: ``<dataset>/<pair>/<method>/seed<k>`` below it."""
-    return run.directory.resolve().parents[3]
+def output_directory(run: Run) -> Path | None:
+    """The output directory that a run lies in: ``<dataset>/<pair>/<method>/seed<k>`` below it.
+
+    None where the run's directory has been put somewhere else, too near the root.
+    """
+    above = run.directory.resolve().parents
+    return above[3] if len(above) > 3 else None
 
 
 def read_curves(path: Path) -> Curves | None:

@@ -6,10 +6,13 @@ What is computed here is plain data; ``kdrun.report.formats`` writes it down.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from kdrun.catalogue import listing
+from kdrun.errors import UserError
 from kdrun.report.runs import Run, by_configuration, labels
 from kdrun.report.statistics import Test, holm, mean_and_std, paired
 
@@ -118,7 +121,8 @@ class Results:
     def best(self, column: str) -> float | None:
         """The best mean of a column; what was not distilled does not compete."""
         entries = [self.cells[row, column] for row in self.rows]
-        means = [e.mean for e in entries if e.network == "distilled" and e.mean is not None]
+        distilled = [e.mean for e in entries if e.network == "distilled"]
+        means = [mean for mean in distilled if mean is not None and math.isfinite(mean)]
         if not means:
             return None
         return max(means) if entries[-1].direction == "max" else min(means)
@@ -146,10 +150,11 @@ class Results:
 def measured(entry: Entry, runs: Iterable[Run], epoch: str) -> Entry:
     """A cell with the results of its runs.
 
-    A teacher that several runs share is one network, and counts once.
+    A teacher that several runs share is one network, and counts once; one that each has trained
+    along with its student does not.
     """
     runs = [run for run in runs if run.networks.get(entry.network) is not None]
-    if entry.network == "teacher":
+    if entry.network == "teacher" and not any(run.trained_along("teacher") for run in runs):
         distinct = {run.artefacts.get("teacher", str(run.directory)): run for run in runs[::-1]}
         runs, entry = list(distinct.values()), replace(entry, wanted=None)
     values = {run.seed: run.value(entry.network, entry.metric, epoch) for run in runs}
@@ -199,6 +204,10 @@ def results_of_runs(
         epoch: ``last`` or ``best``.
         baseline: label of the row to test against; None: ``kd`` where there is such a row.
         test: which paired test.
+
+    Raises:
+        UserError: there is no such baseline, or nobody has said which values of a metric that is
+            no objective are better.
     """
     groups = list(by_configuration(runs).values())
     places = labels(groups)
@@ -206,6 +215,13 @@ def results_of_runs(
     columns = list(dict.fromkeys(column for _, column in places))
     if baseline is None:
         baseline = "kd" if "kd" in rows else ""
+    elif baseline not in (*REFERENCES, *rows):
+        known = listing([*REFERENCES, *rows])
+        raise UserError(f"baseline={baseline}: no such row (rows: {known})")
+    if direction is None and metric not in (None, *(run.metric for run in runs)):
+        raise UserError(
+            f"metric={metric}: say which of its values are better, direction=max or direction=min"
+        )
     by_place = dict(zip(places, groups, strict=True))
     entries: list[Entry] = []
     for column in columns:
@@ -247,10 +263,12 @@ def _shared(groups: Iterable[Sequence[Run]], network: str) -> list[Run] | None:
     """One run per seed that tells the result of a network that all configurations share.
 
     None where they do not share it: their teachers, or their students alone, were trained
-    differently, and no single number stands for them.
+    differently, and no single number stands for them. Networks that were trained along with the
+    student are not shared, and are left out.
     """
     of_seed: dict[int, Run] = {}
-    for run in (run for group in groups for run in group if network in run.networks):
+    runs = [run for group in groups for run in group if network in run.networks]
+    for run in (run for run in runs if not run.trained_along(network)):
         other = of_seed.setdefault(run.seed, run)
         if run.artefacts.get(network) != other.artefacts.get(network):
             return None

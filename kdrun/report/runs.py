@@ -78,6 +78,10 @@ class Run:
         entry = self.networks.get(network, {})
         return entry.get("training", {}).get("seconds")
 
+    def trained_along(self, network: str) -> bool:
+        """Whether the run has trained a network other than its student, beside it."""
+        return (self.directory / f"{network}.safetensors").is_file()
+
     def words(self) -> list[str]:
         """The overrides of its command, without flags."""
         return [word for word in shlex.split(self.command)[1:] if "=" in word]
@@ -144,11 +148,18 @@ def read_runs(directories: Iterable[Path]) -> list[Run]:
 
 
 def by_configuration(runs: Iterable[Run]) -> dict[Path, list[Run]]:
-    """Runs that differ by their seed only, together, in the order of their seeds."""
-    groups: dict[Path, list[Run]] = {}
+    """Runs that differ by their seed only, together, in the order of their seeds.
+
+    Output directories may share a configuration; a seed that several of them have counts once, as
+    the first of them has it.
+    """
+    groups: dict[tuple[str, ...], dict[int, Run]] = {}
     for run in runs:
-        groups.setdefault(run.directory.parent, []).append(run)
-    return {place: sorted(group, key=lambda run: run.seed) for place, group in groups.items()}
+        # <dataset>/<pair>/<method>-<hash>, whatever the output directory.
+        configuration = run.directory.resolve().parts[-4:-1]
+        groups.setdefault(configuration, {}).setdefault(run.seed, run)
+    found = [sorted(group.values(), key=lambda run: run.seed) for group in groups.values()]
+    return {group[0].directory.parent: group for group in found}
 
 
 def labels(groups: Sequence[Sequence[Run]]) -> list[tuple[str, str]]:

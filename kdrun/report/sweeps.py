@@ -6,11 +6,8 @@ import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from kdrun.clock import clock
-from kdrun.errors import UserError
-from kdrun.files import parse_json
 from kdrun.report.formats import aligned
 from kdrun.report.runs import Run
 from kdrun.report.statistics import Test, correlation
@@ -62,21 +59,6 @@ class Trial:
 def is_sweep(directory: Path) -> bool:
     """Whether a directory is that of a sweep."""
     return any((directory / RECORDS).glob("*.json"))
-
-
-def read_records(directory: Path) -> list[dict[str, Any]]:
-    """The records of a sweep's runs, in their order.
-
-    Raises:
-        UserError: one is damaged.
-    """
-    records = []
-    for path in (directory / RECORDS).glob("*.json"):
-        try:
-            records.append(parse_json(path.read_bytes()))
-        except ValueError as error:
-            raise UserError(f"{path} is damaged: {error}") from error
-    return sorted(records, key=lambda record: record["number"])
 
 
 def text(directory: Path, trials: Sequence[Trial]) -> str:

@@ -270,6 +270,65 @@ def test_two_objectives(runs, catalogue, tmp_path, optuna):
         module.sweep([*words, "objectives=[validation,parameters]"], [], catalogue)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["method.temperature=2,4,8"],
+            r"method.temperature: the study in sqlite:.* draws it from 2,4, this search from 2,4,8",
+        ),
+        (["method.temperature=interval(2,4)"], r"from 2,4, this search from 2 to 4 \(Uniform\)"),
+        (
+            ["method.temperature=2,4", "sweeper.direction=minimize"],
+            "was begun to maximize, this search is to minimize",
+        ),
+    ],
+)
+def test_a_study_keeps_what_it_looks_for(runs, catalogue, tmp_path, optuna, words, said):
+    place = ["sweeper=optuna", f"hydra.sweep.dir={tmp_path}/s", "sweeper.n_trials=2", "seed=0"]
+    module.sweep([*place, "method.temperature=2,4"], [], catalogue)
+    place[2] = "sweeper.n_trials=3"
+    with pytest.raises(UserError, match=said) as error:
+        module.sweep([*place, *words], [], catalogue)
+    assert "hydra.sweep.dir=" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert len(runs.words) == 2
+    module.sweep([*place, "method.temperature=2,4"], [], catalogue)
+    assert len(runs.words) == 3, "the study is as it was"
+
+
+def test_a_search_of_which_every_trial_fails_is_told(runs, catalogue, tmp_path, capsys, optuna):
+    runs.behave = {0: RuntimeError("diverged"), 1: RuntimeError("diverged")}
+    words = [*SEARCH, f"hydra.sweep.dir={tmp_path}/s", "sweeper.n_trials=2"]
+    assert module.sweep(words, [], catalogue) == 1
+    assert "2 runs, 2 failed" in capsys.readouterr().out
+
+
+def test_the_task_says_what_is_better(runs, catalogue, tmp_path, optuna):
+    words = ["sweeper=optuna", "sweeper.n_trials=2", "method=taid", "method.alpha=1e-3,1e-2"]
+    assert module.sweep([*words, f"hydra.sweep.dir={tmp_path}/s"], [], catalogue) == 0
+    study = study_of(optuna, tmp_path / "s")
+    assert study.direction.name == "MINIMIZE"
+    assert study.best_value == 90.0
+
+
+def test_a_storage_that_cannot_be_read_is_one_line(runs, catalogue, tmp_path, optuna):
+    (tmp_path / "study.db").write_text("no data base " * 100)
+    words = [*SEARCH, f"sweeper.storage=sqlite:///{tmp_path}/study.db"]
+    with pytest.raises(UserError, match=r"^sweeper.storage=sqlite.*file is not a database$"):
+        module.sweep(words, [], catalogue)
+
+
+def test_sweeps_begun_in_the_same_second_have_places_of_their_own(
+    runs, catalogue, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(module.time, "strftime", lambda _: "now")
+    for seeds in ("0,1", "2,3"):
+        assert module.sweep([f"seed={seeds}"], [], catalogue) == 0
+    places = {path.name for path in (tmp_path / "outputs" / "sweeps").iterdir()}
+    assert places == {"now", "now-2"}
+
+
 def test_two_processes_do_not_share_a_sweeps_records(runs, catalogue, tmp_path):
     from filelock import FileLock
 
@@ -297,6 +356,11 @@ def test_two_processes_do_not_share_a_sweeps_records(runs, catalogue, tmp_path):
             "1 directions for 2 objectives",
         ),
         ([*SEARCH, "objectives=[validation,seconds]", "pruner=median"], "takes no objectives"),
+        ([*SEARCH, "sweeper.n_trials=many"], "must be integer, got many"),
+        ([*SEARCH, "sweeper.n_trials=0"], "must be integer >= 1, got 0"),
+        ([*SEARCH, "sweeper.n_jobs=0"], "must be integer >= 1, got 0"),
+        ([*SEARCH, "sweeper.direction=up"], "sweeper.direction=up: no such sweeper.direction"),
+        ([*SEARCH, "sweeper.max_failure_rate=2"], "must be from 0 to 1, got 2"),
         (["sweep=digits_gird"], "Did you mean sweep=digits_grid?"),
     ],
 )

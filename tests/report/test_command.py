@@ -82,6 +82,34 @@ def test_directories_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["baseline=kdd"], "baseline=kdd: no such row (rows: teacher, student alone, kd)"),
+        (["metric=loss"], "metric=loss: say which of its values are better"),
+        (["metric=f1", "direction=max"], "no metric f1"),
+        (["--html", "correction=holm"], "correction: a page has everything"),
+    ],
+)
+def test_options_that_do_not_fit_the_runs(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path)
+    assert kdrun(["report", str(tmp_path), *words]) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [["epoch=best"], ["rows=kd"]])
+def test_the_page_of_one_run_has_no_options(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path)
+    assert kdrun(["report", "--html", str(run.directory), *words]) == 2
+    assert "a page has everything" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
         ([], "takes the name of a table or directories"),
         (["digit"], "Did you mean the table digits"),
         (["digits", "format=html"], "no such format"),

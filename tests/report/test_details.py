@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,11 @@ def test_curves_of_all_networks(tmp_path: Path) -> None:
     assert curves_of(run, "alone") is None
     (store / "metrics.csv").write_text("epoch,loss\n")
     assert read_curves(store / "metrics.csv") is None
+
+
+def test_a_run_that_was_put_elsewhere_has_no_curves_of_shared_networks(tmp_path: Path) -> None:
+    moved = replace(write_run(tmp_path), directory=Path("/seed0"))
+    assert curves_of(moved, "teacher") is None
 
 
 def test_predictions_of_the_wanted_epoch(tmp_path: Path) -> None:

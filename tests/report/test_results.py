@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from kdrun.report.formats import FORMATS
-from kdrun.report.results import results_of_runs
+from kdrun.report.results import measured, results_of_runs
 from kdrun.report.runs import find_runs, read_runs
 
 from .conftest import write_run
@@ -51,6 +53,35 @@ def test_networks_that_are_not_shared_are_not_mixed(tmp_path: Path) -> None:
     assert results.cells["student alone", column].missing == "several"
     assert results.cells["student alone", column].mean is None
     assert results.cells["teacher", column].n == 1
+
+
+def test_a_teacher_that_learns_along_counts_in_every_run(tmp_path: Path) -> None:
+    runs = both_methods(tmp_path)
+    own = [write_run(tmp_path, "bdkd", seed, 90.0) for seed in range(2)]
+    for run in own:
+        (run.directory / "teacher.safetensors").touch()
+    entry = replace(results_of_runs(own, title="t").entries[0], values={}, runs=())
+    assert measured(entry, own, "last").n == 2
+    # It is no reference of the others, whose teacher stays as it was.
+    results = results_of_runs([*own, *runs], title="t")
+    [column] = results.columns
+    shown = results.cells["teacher", column]
+    assert (shown.n, shown.runs[0].names["method"]) == (1, "kd")
+
+
+def test_a_result_that_is_no_number_is_never_the_best(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, "at", accuracy=math.nan), write_run(tmp_path, "kd", accuracy=90.0)]
+    results = results_of_runs(runs, title="t")
+    assert results.best(results.columns[0]) == 90.0
+
+
+def test_output_directories_share_their_configurations(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "a", seed=seed, accuracy=90.0 + seed) for seed in (0, 1)]
+    runs += [write_run(tmp_path / "b", seed=seed, accuracy=90.0 + seed) for seed in (1, 2)]
+    results = results_of_runs(runs, title="t")
+    [column] = results.columns
+    assert results.cells["kd", column].values == {0: 90.0, 1: 91.0, 2: 92.0}
+    assert len(results.cells["kd", column].runs) == 3
 
 
 def test_what_was_not_run_is_missing(tmp_path: Path) -> None:

@@ -92,3 +92,24 @@ def test_a_sweep_finds_the_results_of_its_runs(
     assert kdrun(["report", str(directory), "format=json"]) == 0
     cells = json.loads(capsys.readouterr().out)["cells"]
     assert [cell["mean"] for cell in cells if cell["row"] == "kd"] == [81.0]
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"colour": 1}'])
+def test_a_damaged_record_names_its_file(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = sweep(tmp_path)
+    (directory / "jobs" / "0.json").write_text(content)
+    assert kdrun(["report", str(directory)]) == 2
+    assert "0.json is damaged" in capsys.readouterr().err
+
+
+def test_only_a_sweep_by_itself_is_shown_as_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = sweep(tmp_path)
+    write_run(tmp_path / "other")
+    assert kdrun(["report", str(directory), str(tmp_path / "other")]) == 0
+    assert "sweep" not in capsys.readouterr().out.splitlines()[1]
+    assert kdrun(["report", str(directory), "colour=red"]) == 2
+    assert "colour=red: no such option" in capsys.readouterr().err
