@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import shlex
 import sys
@@ -58,26 +59,29 @@ def main(words: Sequence[str], flags: Sequence[str], catalogue: Catalogue) -> in
     command = shlex.join(["kdrun", *flags, "table", *words])
     live = sys.stdout.isatty() and not request.launcher
     view = Grid(board, title, sys.stdout) if live else Lines(board, sys.stdout)
-    try:
-        if request.launcher:
-            start_workers(request, flags, catalogue)
-        else:
-            work(
-                cells,
-                runner(catalogue, flags),
-                view,
-                began=began,
-                fail_fast=request.fail_fast,
-                run_group=group_runner(catalogue, flags),
-            )
-    except (Interrupted, KeyboardInterrupt) as stop:
-        view.close()
-        print(summary(board, title, flags))
-        print(f"interrupted; continue with: {command}", file=sys.stderr)
-        return stop.exit_code if isinstance(stop, Interrupted) else 130
-    view.close()
+    stopped = 0
+    with contextlib.closing(view):
+        try:
+            if request.launcher:
+                start_workers(request, flags, catalogue)
+            else:
+                work(
+                    cells,
+                    runner(catalogue, flags),
+                    view,
+                    began=began,
+                    fail_fast=request.fail_fast,
+                    run_group=group_runner(catalogue, flags),
+                )
+        except Interrupted as stop:
+            stopped = stop.exit_code
+        except KeyboardInterrupt:
+            stopped = 130
     board.refresh()
     print(summary(board, title, flags))
+    if stopped:
+        print(f"interrupted; continue with: {command}", file=sys.stderr)
+        return stopped
     results = results_of_table(request, catalogue)
     print(f"\n{FORMATS['text'](results)}\n\n{write_all(results, request)}")
     return 0 if len(board.of(State.DONE)) == len(cells) else 1

@@ -209,7 +209,9 @@ class _Reader:
         columns = tuple(self.column(label, node, file) for label, node in file.columns.items())
         labels = [column.label for column in columns]
         rows = tuple(self.row(str(label), node, labels, file) for label, node in file.rows.items())
-        self.names([file.baseline], [row.label for row in rows if row.words], "baseline")
+        self.names(
+            [file.baseline], [row.label for row in rows if row.words is not None], "baseline"
+        )
         seeds = self.seeds(file.seeds, "seeds")
         if not columns or not rows:
             self.wrong("rows" if columns else "columns", "must not be empty")

@@ -78,8 +78,10 @@ def failed_since(cell: Cell, moment: float) -> bool:
 
 def last_error_line(cell: Cell) -> str:
     """The last line of what went wrong with a run."""
-    lines = (cell.directory / ERROR).read_text(encoding="utf-8").strip().splitlines()
-    return lines[-1] if lines else "no message"
+    try:
+        return (cell.directory / ERROR).read_text(encoding="utf-8").strip().splitlines()[-1]
+    except FileNotFoundError:
+        return "tried again by another process"
 
 
 def _lock(cell: Cell, kind: str) -> Path:

@@ -21,7 +21,7 @@ class Request:
         name: of the table.
         profile: name of the profile that shrinks every run; None: as the table says.
         seeds: in place of the table's; None: those.
-        rows: labels of the rows that are wanted; None: all. ``columns`` likewise.
+        rows: labels of the rows that are wanted, as typed; None: all. ``columns`` likewise.
         fail_fast: stop at the first failure.
         dry_run: only list the runs.
         workers: processes that a launcher starts.
@@ -32,8 +32,8 @@ class Request:
     name: str
     profile: str | None = None
     seeds: tuple[int, ...] | None = None
-    rows: list[str] | None = None
-    columns: list[str] | None = None
+    rows: str | None = None
+    columns: str | None = None
     fail_fast: bool = False
     dry_run: bool = False
     workers: int = 2
@@ -74,9 +74,9 @@ def read_request(words: Sequence[str]) -> Request:
         elif key == "seeds":
             request.seeds = _seeds(value)
         elif key == "rows":
-            request.rows = _labels(value)
+            request.rows = value
         elif key == "columns":
-            request.columns = _labels(value)
+            request.columns = value
         elif key == "fail_fast":
             request.fail_fast = _flag(word, value)
         elif key == "workers":
@@ -101,8 +101,8 @@ def chosen_table(request: Request, catalogue: Catalogue) -> Table:
     table = open_table(request.name, catalogue)
     if request.profile is not None:
         _known([request.profile], list(table.profiles), "profile", table)
-    _known(request.rows or [], [row.label for row in table.rows], "row", table)
-    _known(request.columns or [], [column.label for column in table.columns], "column", table)
+    wanted_rows(request, table)
+    wanted_columns(request, table)
     of_profile = table.profiles[request.profile].seeds if request.profile else None
     return replace(table, seeds=request.seeds or of_profile or table.seeds)
 
@@ -116,10 +116,40 @@ def chosen_arms(request: Request, table: Table, catalogue: Catalogue) -> list[Ar
         profile=request.profile,
         typed=request.overrides,
     )
-    wanted = request.rows or [row.label for row in table.rows]
-    rows = {table.runs_of(table.row(label)).label for label in wanted}
-    columns = request.columns or [column.label for column in table.columns]
+    rows = {table.runs_of(table.row(label)).label for label in wanted_rows(request, table)}
+    columns = wanted_columns(request, table)
     return [arm for arm in arms if arm.row in rows and arm.column in columns]
+
+
+def wanted_rows(request: Request, table: Table) -> list[str]:
+    """The labels of the rows that are asked for, in the table's order.
+
+    Raises:
+        UserError: there is no such row.
+    """
+    return _wanted(request.rows, [row.label for row in table.rows], "row", table)
+
+
+def wanted_columns(request: Request, table: Table) -> list[str]:
+    """The labels of the columns that are asked for, in the table's order.
+
+    Raises:
+        UserError: there is no such column.
+    """
+    return _wanted(request.columns, [column.label for column in table.columns], "column", table)
+
+
+def _wanted(text: str | None, known: Sequence[str], kind: str, table: Table) -> list[str]:
+    rest = _parts(text or "")
+    typed: list[str] = []
+    while rest:
+        # Labels may have commas in them: the longest that fits is meant.
+        ends = range(len(rest), 1, -1)
+        end = next((n for n in ends if ", ".join(rest[:n]) in known), 1)
+        typed.append(", ".join(rest[:end]))
+        rest = rest[end:]
+    _known(typed, known, kind, table)
+    return [label for label in known if label in typed] or list(known)
 
 
 def _known(names: Iterable[str], known: Sequence[str], kind: str, table: Table) -> None:
@@ -135,7 +165,7 @@ def _known(names: Iterable[str], known: Sequence[str], kind: str, table: Table) 
 
 def _seeds(text: str) -> tuple[int, ...]:
     """``3`` is 0, 1, 2; ``[3]`` and ``3,5`` are what they say."""
-    parts = _labels(text)
+    parts = _parts(text)
     if not parts or not all(part.isdecimal() for part in parts) or len(set(parts)) < len(parts):
         raise UserError(f"seeds={text}: must be a number of seeds or a list such as [0,1,2]")
     numbers = tuple(int(part) for part in parts)
@@ -145,7 +175,7 @@ def _seeds(text: str) -> tuple[int, ...]:
     return numbers
 
 
-def _labels(text: str) -> list[str]:
+def _parts(text: str) -> list[str]:
     return [part.strip() for part in text.strip("[]").split(",") if part.strip()]
 
 

@@ -12,7 +12,13 @@ from kdrun.report.runs import RESULT, Run, read_run
 from kdrun.table.cells import Arm
 from kdrun.table.config import Column, Epoch, Row, Table
 from kdrun.table.progress import ERROR
-from kdrun.table.request import Request, chosen_arms, chosen_table
+from kdrun.table.request import (
+    Request,
+    chosen_arms,
+    chosen_table,
+    wanted_columns,
+    wanted_rows,
+)
 
 
 def results_of_table(
@@ -39,13 +45,14 @@ def results_of_table(
         request.name, request.profile, columns=request.columns, overrides=request.overrides
     )
     arms = {(arm.row, arm.column): arm for arm in chosen_arms(everything, table, catalogue)}
-    columns = [c for c in table.columns if request.columns is None or c.label in request.columns]
+    labels = wanted_columns(request, table)
+    columns = [column for column in table.columns if column.label in labels]
     entries = [
         _entry(table, row, column, arms.get((table.runs_of(row).label, column.label)))
         for column in columns
         for row in table.rows
     ]
-    wanted = request.rows or [row.label for row in table.rows]
+    wanted = wanted_rows(request, table)
     shown = [entry for entry in compared(entries, test) if entry.row in wanted]
     return Results(
         title=table.name,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from kdrun.catalogue import Catalogue
 from kdrun.errors import Interrupted, UserError
+from kdrun.files import write_atomically
 from kdrun.interruption import SignalWatch
 from kdrun.members import member_run
 from kdrun.redaction import redact
@@ -127,9 +128,9 @@ def _recorded(cell: Cell, error: BaseException | None) -> str:
     text = str(error)
     if not isinstance(error, UserError):
         text = "".join(traceback.format_exception(error))
-    cell.directory.mkdir(parents=True, exist_ok=True)
-    (cell.directory / ERROR).write_text(redact(text.rstrip()) + "\n", encoding="utf-8")
-    return text.rstrip().splitlines()[-1]
+    text = redact(text.rstrip()) or type(error).__name__
+    write_atomically(cell.directory / ERROR, f"{text}\n")
+    return text.splitlines()[-1]
 
 
 def _release_memory() -> None:

@@ -9,7 +9,7 @@ import pytest
 from kdrun.catalogue import Catalogue, open_catalogue
 from kdrun.cli import run as kdrun
 from kdrun.errors import UserError
-from kdrun.table.request import chosen_arms, chosen_table, read_request
+from kdrun.table.request import chosen_arms, chosen_table, read_request, wanted_rows
 
 
 def test_words_of_a_table() -> None:
@@ -20,10 +20,25 @@ def test_words_of_a_table() -> None:
     )
     assert request.dry_run and request.fail_fast
     assert (request.profile, request.seeds, request.workers) == ("tiny", (3, 5), 3)
-    assert (request.rows, request.columns) == (["KD", "DKD"], ["a-b"])
+    assert (request.rows, request.columns) == ("KD,DKD", "[a-b]")
     assert request.launcher == ["launcher=joblib", "launcher.n_jobs=3"]
     assert request.overrides == ["trainer=cpu", "output_dir=/tmp/x"]
     assert request.folder == Path("/tmp/x/tables/small-tiny")
+
+
+@pytest.mark.parametrize(
+    ("typed", "found"),
+    [
+        ("KD", ["KD"]),
+        ("OFA, logits alone", ["OFA, logits alone"]),
+        ("[OFA,logits alone]", ["OFA, logits alone"]),
+        ("OFA, logits alone,KD,OFA", ["KD", "OFA", "OFA, logits alone"]),
+    ],
+)
+def test_labels_may_have_commas(typed: str, found: list[str]) -> None:
+    catalogue = open_catalogue()
+    request = read_request(["ofa", f"rows={typed}"])
+    assert wanted_rows(request, chosen_table(request, catalogue)) == found
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ def test_states_come_from_files_and_locks(cells: list[Cell]) -> None:
     assert failed_since(failed, time.time() - 60)
     assert not failed_since(failed, time.time() + 60)
     assert not failed_since(missing, 0)
+    assert last_error_line(missing) == "tried again by another process"
 
 
 def test_a_run_has_one_owner(cells: list[Cell]) -> None:

@@ -37,6 +37,17 @@ def test_finished_runs_are_not_done_again(cells: list[Cell], runs: Run, view: Re
     assert len([event for event, _ in view.events if event == "started"]) == 3
 
 
+def test_secrets_are_not_told_of_failures(
+    cells: list[Cell], runs: Run, view: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_0123456789abcdef")
+    error = UserError("the hub refuses hf_0123456789abcdef")
+    work(cells, failing(runs, "KD", error), view, began=time.time())
+    text = (cells[0].directory / "error.txt").read_text()
+    assert "0123456789" not in text + str(view.events)
+    assert "the hub refuses" in text
+
+
 def failing(runs: Run, method: str, error: BaseException) -> Run:
     def run(words: list[str]) -> None:
         if f"method={method}" in words:
