@@ -128,6 +128,16 @@ class Method(nn.Module):
 
     # -- before training ---------------------------------------------------------------------
 
+    def inspect(self, batches: Iterable[Batch]) -> None:
+        """Look at the training data before anything is trained; default: nothing.
+
+        Args:
+            batches: an epoch of the training split on the CPU, made as it is asked for.
+
+        Raises:
+            ValueError: the method cannot learn from such data; says why.
+        """
+
     def roles(self) -> Mapping[str, str]:
         """The networks wanted besides the student: role to the config entry that describes it.
 

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import Tensor
+
+from kdrun.outputs import Batch
+
+MOST_LABEL_WORDS = 64
+"""More first tokens than that are running text, not names of classes."""
 
 
 def first_counted(values: Tensor, mask: Tensor) -> Tensor:
@@ -52,3 +59,52 @@ def likeliest_classes(teacher: Tensor, mask: Tensor, count: int) -> Tensor:
     """
     mass = teacher.float().softmax(dim=-1) * mask.unsqueeze(-1)
     return mass.sum(dim=0).topk(min(count, teacher.shape[-1])).indices
+
+
+def responses(batches: Iterable[Batch]) -> Iterator[list[int]]:
+    """The target tokens that count of each row, where there are any.
+
+    Args:
+        batches: with targets and mask ``(B, L)``.
+
+    Raises:
+        ValueError: a batch has no mask.
+    """
+    for batch in batches:
+        if batch.mask is None:
+            raise ValueError("label words: nothing marks where responses begin")
+        for target, counted in zip(batch.target.cpu(), batch.mask.bool().cpu(), strict=True):
+            tokens = target[counted].tolist()
+            if tokens:
+                yield tokens
+
+
+def find_label_words(batches: Iterable[Batch]) -> Tensor:
+    """The tokens that responses begin with, in rising order.
+
+    Each must stand for one class: responses that begin alike must be the same, or one of them the
+    other cut short.
+
+    Args:
+        batches: with targets and mask ``(B, L)``.
+
+    Raises:
+        ValueError: they stand for no classes, or nothing marks the responses.
+    """
+    longest: dict[int, list[int]] = {}
+    for response in responses(batches):
+        known = longest.setdefault(response[0], response)
+        short, long = sorted((known, response), key=len)
+        if long[: len(short)] != short:
+            raise ValueError(
+                f"label words: different responses begin with the token {response[0]}, so it "
+                "stands for no class; choose words that differ in their first token, another "
+                "tokenizer, or give label_words"
+            )
+        longest[response[0]] = long
+    if not 2 <= len(longest) <= MOST_LABEL_WORDS:
+        raise ValueError(
+            f"label words: responses begin with {len(longest)} different tokens, which are no "
+            "classes; give label_words"
+        )
+    return torch.tensor(sorted(longest))

@@ -12,7 +12,7 @@ with the epoch counted from 1 and both terms multiplied by T^2, as in the offici
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
@@ -54,6 +54,11 @@ class DKD(Method):
         self.beta = beta
         self.warmup_epochs = warmup_epochs
         self.supervised_weight = supervised_weight
+
+    def inspect(self, batches: Iterable[Batch]) -> None:
+        """Refuse targets that are no class ids, such as those of mixed samples."""
+        if next(iter(batches)).target.is_floating_point():
+            raise ValueError("mixed samples have no one target class: mixup and CutMix must be off")
 
     def losses(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 from weakref import WeakSet
 
 import torch
@@ -18,6 +18,16 @@ from kdrun.inputs import call_network
 from kdrun.outputs import Batch, HeadLogits, ModelOutput
 from kdrun.parameters import Positive, PositiveInt, ProperFraction
 from kdrun.tasks.task import Task
+
+
+@runtime_checkable
+class HasLastLayer(Protocol):
+    """A network that tells its last layer, and the network below that, as transformers' do."""
+
+    base_model: nn.Module
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The layer that gives the logits."""
 
 
 class LanguageModelling(Task):
@@ -70,17 +80,16 @@ class LanguageModelling(Task):
         """The input of the last layer, and that layer.
 
         Raises:
-            ValueError: the network does more to its logits than that layer (caps or scales them).
+            ValueError: the network does not tell them, or does more to its logits than that layer
+                (caps or scales them).
         """
+        if not isinstance(network, HasLastLayer):
+            raise ValueError("it does not tell its last layer; set task.chunk=null")
         head = network.get_output_embeddings()
         bias = None if head.bias is None else head.bias[: self.num_classes]
         hidden = network.base_model(batch.inputs).last_hidden_state
         if network not in self._compared:
-            with torch.no_grad():
-                few = batch.inputs[:1, :2]
-                mine = head(network.base_model(few).last_hidden_state)
-                same = torch.allclose(mine, network(few).logits, rtol=1e-3, atol=1e-4)
-            if not same:
+            if not _is_all(head, network, batch.inputs[:1, :2]):
                 raise ValueError("its logits are not its last layer's alone; set task.chunk=null")
             self._compared.add(network)
         return HeadLogits(hidden, head.weight[: self.num_classes], bias, chunk)
@@ -144,6 +153,24 @@ class LanguageModelling(Task):
 
 
 Logits = Tensor | HeadLogits
+
+
+@torch.no_grad()
+def _is_all(head: nn.Module, network: nn.Module, few: Tensor) -> bool:
+    """Whether logits are what the last layer gives.
+
+    A cap leaves the small logits of a new network as they are, so they are enlarged for this.
+    """
+
+    def enlarged(layer: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return output * (1000 / output.abs().max().clamp(min=1e-6))
+
+    handle = head.register_forward_hook(enlarged)
+    try:
+        mine = head(network.base_model(few).last_hidden_state)
+        return torch.allclose(mine, network(few).logits, rtol=1e-3, atol=1e-4)
+    finally:
+        handle.remove()
 
 
 def _of_head(logits: HeadLogits, target: Tensor, smoothing: float) -> Tensor:

@@ -31,6 +31,13 @@ def test_with_the_teachers_doubt_as_factor_it_is_kd() -> None:
     )
 
 
+def test_mixed_targets_are_refused() -> None:
+    inputs, index = torch.zeros(4, 1), torch.arange(4)
+    DKD().inspect([Batch(inputs, index, index)])
+    with pytest.raises(ValueError, match="mixup and CutMix must be off"):
+        DKD().inspect([Batch(inputs, torch.full((4, 3), 1 / 3), index)])
+
+
 def test_training_brings_the_student_to_the_teacher(data, teacher, student) -> None:
     history = train(DKD(beta=2.0, warmup_epochs=1), student, teacher, data, epochs=3)
     assert history[-1]["target_class"] < 0.5 * history[0]["target_class"]

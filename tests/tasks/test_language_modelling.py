@@ -114,3 +114,34 @@ def test_a_network_that_does_more_to_its_logits_is_refused() -> None:
     network.forward = lambda tokens: SimpleNamespace(logits=torch.tanh(whole(tokens).logits) + 1)
     with pytest.raises(ValueError, match="its logits are not its last layer's alone"):
         LanguageModelling(num_classes=WORDS, chunk=5).forward(network, batch_of())
+
+
+class Below(torch.nn.Embedding):
+    def forward(self, tokens):
+        return SimpleNamespace(last_hidden_state=super().forward(tokens))
+
+
+class Capped(torch.nn.Module):
+    """Its logits are capped, which the small ones of a new network hardly show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base_model, self.head = Below(WORDS, 4), torch.nn.Linear(4, WORDS)
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        return self.head
+
+    def forward(self, tokens):
+        logits = self.head(self.base_model(tokens).last_hidden_state)
+        return SimpleNamespace(logits=30 * torch.tanh(logits / 30))
+
+
+def test_a_cap_is_seen_before_logits_are_large() -> None:
+    with pytest.raises(ValueError, match="its logits are not its last layer's alone"):
+        LanguageModelling(num_classes=WORDS, chunk=5).forward(Capped(), batch_of())
+
+
+def test_a_network_that_does_not_tell_its_last_layer_is_refused() -> None:
+    network = torch.nn.Embedding(WORDS, WORDS)
+    with pytest.raises(ValueError, match=r"does not tell its last layer; set task.chunk=null"):
+        LanguageModelling(num_classes=WORDS, chunk=5).forward(network, batch_of())
