@@ -17,7 +17,9 @@ from torch import nn
 from kdrun.assembly import build_untrained
 from kdrun.checkpoints import saved_for
 from kdrun.data.module import DataModule
+from kdrun.data.tokenizers import vocabulary_of
 from kdrun.errors import UserError
+from kdrun.files import typed_path
 
 NORMALISATION = "normalisation"
 TOLERANCE = 0.05
@@ -63,6 +65,7 @@ def refuse_other_data(node: Mapping[str, Any], entry: str, data: DataModule) -> 
         origin = f"{entry}.checkpoint={node['checkpoint']}"
         expected = saved_for(Path(node["checkpoint"]).expanduser())
     elif node.get("pretrained"):
+        refuse_other_vocabulary(node, entry, data)
         origin = f"the pretrained {entry}"
         network = build_untrained(node, data, 0)
         expected = _of_library(network)
@@ -79,6 +82,61 @@ def refuse_other_data(node: Mapping[str, Any], entry: str, data: DataModule) -> 
                 f"({in_words(name, ours)}); {hint if name == NORMALISATION else ''}"
                 f"{entry}.finetune=true trains it further, {entry}.allow_other_data=true uses it "
                 "all the same"
+            )
+
+
+def refuse_other_start(node: Mapping[str, Any], data: DataModule) -> None:
+    """Check that weights from which the student starts were made for the tokens that it will read.
+
+    What other classes are worth as a start, training shows; but other tokens are other inputs.
+
+    Args:
+        node: the student's config entry.
+        data: the data set, prepared.
+
+    Raises:
+        UserError: they were not; says what differs and how to go on.
+    """
+    if node["allow_other_data"] or not data.reads_classes:
+        return
+    refuse_other_vocabulary(node, "student", data)
+    path = typed_path(node["init_from"]) if node["init_from"] else None
+    if path is not None and path.is_file():
+        theirs, ours = saved_for(path).get("classes"), data.signature["classes"]
+        if theirs is not None and theirs != ours:
+            raise UserError(
+                f"student.init_from={node['init_from']} was made for another vocabulary "
+                f"({in_words('classes', theirs)}) than this data set's "
+                f"({in_words('classes', ours)}); student.allow_other_data=true starts from it all "
+                "the same"
+            )
+
+
+def refuse_other_vocabulary(node: Mapping[str, Any], entry: str, data: DataModule) -> None:
+    """Check that a library's pretrained weights were made for the tokens of the data set.
+
+    Their number is compared where the network is built; here, what each stands for, as far as both
+    go. A model without a tokenizer beside its weights tells nothing.
+
+    Args:
+        node: the network's config entry.
+        entry: the name of that.
+        data: the data set, prepared.
+
+    Raises:
+        UserError: a token stands for something else.
+    """
+    name = node.get("name")
+    if not data.reads_classes or not node.get("pretrained") or name is None:
+        return
+    pairs = zip(vocabulary_of(name) or [], data.class_names, strict=False)
+    for number, (theirs, ours) in enumerate(pairs):
+        if theirs != ours:
+            raise UserError(
+                f"the pretrained {entry} {name} has another vocabulary: its token {number} is "
+                f"{theirs!r}, that of dataset.tokenizer {ours!r}; teacher and student must share "
+                f"one, such as dataset.tokenizer={name}; {entry}.allow_other_data=true uses it all "
+                "the same"
             )
 
 

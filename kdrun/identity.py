@@ -18,7 +18,7 @@ NOT_IDENTITY = (
 NOT_COMPUTING = ("progress", "keep_last")
 """Likewise within ``trainer``."""
 PERMISSION = "allow_other_data"
-"""Likewise within a network that is a teacher: it only lets a run begin."""
+"""Likewise within a network: it only lets a run begin."""
 
 
 def fingerprint(key: Mapping[str, Any], length: int = 16) -> str:

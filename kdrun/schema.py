@@ -62,6 +62,7 @@ class Student:
     """What ``student`` says besides the network's own arguments."""
 
     init_from: str | None
+    allow_other_data: bool
     reads: str | None
 
 

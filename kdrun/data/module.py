@@ -57,6 +57,7 @@ class DataModule(ABC):
 
     Attributes:
         task: what the targets are for.
+        reads_classes: inputs are class ids as well, the tokens of a vocabulary.
         single_batch: a batch is always the whole split, which cannot be divided (one graph).
         num_classes: number of classes.
         input_shape: one input, ``(C, H, W)`` or ``(D,)``; by name where there are several.
@@ -71,6 +72,7 @@ class DataModule(ABC):
     """
 
     task: str = "classification"
+    reads_classes: bool = False
     single_batch: bool = False
     num_classes: int
     input_shape: Shape

@@ -48,6 +48,7 @@ class Text(DataModule):
     """
 
     task = "language_modelling"
+    reads_classes = True
 
     def __init__(
         self,

@@ -16,6 +16,8 @@ BYTE_PAIRS = "bpe"
 END_NAME = "<|end|>"
 LEARNED_FROM = 20_000_000
 """Characters from which byte pairs are learned; more change little and take long."""
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
+"""One of them lies in the folder of every model that comes with a tokenizer."""
 
 
 class Tokenizer(Protocol):
@@ -120,13 +122,10 @@ def model_tokenizer(name: str) -> Any:
     Raises:
         UserError: there is none, or it has no token that ends a text.
     """
-    from transformers import AutoTokenizer
-
-    place = Path(name).expanduser()
-    if name.startswith(("/", ".", "~")) and not place.is_dir():
+    if name.startswith(("/", ".", "~")) and not Path(name).expanduser().is_dir():
         raise UserError(f"dataset.tokenizer={name}: there is no such folder")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(place) if place.is_dir() else name)
+        tokenizer = _fetched(name)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
@@ -136,6 +135,33 @@ def model_tokenizer(name: str) -> Any:
     if tokenizer.eos_token_id is None:
         raise UserError(f"dataset.tokenizer={name}: it has no token that ends a text")
     return tokenizer
+
+
+def vocabulary_of(name: str) -> list[str] | None:
+    """What each id stands for in the tokenizer that comes with a model of transformers.
+
+    Args:
+        name: of the model, on the hub or a folder.
+
+    Returns:
+        As ``Tokenizer.names``; None where the model comes without a tokenizer.
+    """
+    folder = Path(name).expanduser()
+    # For some kinds of model, transformers makes up an empty one.
+    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
+        return None
+    try:
+        tokenizer = _fetched(name)
+    except (OSError, ValueError, KeyError):
+        return None
+    return tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+
+
+def _fetched(name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    place = Path(name).expanduser()
+    return AutoTokenizer.from_pretrained(str(place) if place.is_dir() else name)
 
 
 def cache_root() -> Path:

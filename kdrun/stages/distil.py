@@ -20,6 +20,7 @@ from kdrun.checkpoints import load_weights
 from kdrun.data.module import DataModule
 from kdrun.errors import UserError
 from kdrun.evaluation import evaluate
+from kdrun.given_weights import refuse_other_start
 from kdrun.layers.frozen import fold_batch_norm, run_in_bfloat16
 from kdrun.stages.recorded import open_recording
 from kdrun.stages.stage import Context, Stage
@@ -45,12 +46,13 @@ class Distil(Stage):
 
     def check(self, config: Mapping[str, Any], data: DataModule) -> None:
         """Refuse methods made for other tasks, settings and checkpoints with which further networks
-        cannot be trained, and data without unlabelled samples for a method that learns from them.
+        cannot be trained, and data that the method cannot learn from.
         """
         method = make_method(config["method"])
         if method.tasks and data.task not in method.tasks:
             made_for = ", ".join(method.tasks)
             raise UserError(f"{type(method).__name__} is made for {made_for}, not for {data.task}")
+        refuse_other_start(config["student"], data)
         own_settings(config, method)
         for source in trained_sources(method).values():
             start = config.get(source, {}).get("checkpoint")
@@ -62,6 +64,17 @@ class Distil(Stage):
                 "data set has none: choose one that has, such as dataset=digits_few_shot, or ask "
                 "for fewer labels"
             )
+        batches = data.train(
+            batch_size=training_settings(config, "student")["batch_size"],
+            seed=config["seed"],
+            device="cpu",
+            views=method.views,
+            unlabelled=method.unlabelled,
+        )
+        try:
+            method.inspect(batches)
+        except ValueError as error:
+            raise UserError(f"{type(method).__name__}: {error}") from error
 
     def key(self, context: Context) -> dict[str, Any]:
         """Everything: this product belongs to one run."""
@@ -136,7 +149,8 @@ class Distil(Stage):
             if chance is None or context.limit_batches or allowed:
                 continue
             guess, margin = chance
-            if (value - guess if task.direction == "max" else guess - value) < margin:
+            gain = value - guess if task.direction == "max" else guess - value
+            if not gain >= margin:  # Also where it is no number.
                 raise UserError(
                     f"the {role} is at chance ({task.objective} {value:.2f} on validation, "
                     f"guessing gives {guess:.2f}): train it longer or choose another; "
