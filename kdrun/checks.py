@@ -18,6 +18,9 @@ SUPPLIED = (
 )
 """Constructor arguments that kdrun fills in where the config has none or null."""
 
+OF_ROLES = frozenset({*schema.fields_of(schema.Teacher), *schema.fields_of(schema.Student)})
+"""Options of a network that say what it is for; networks are not built with them."""
+
 MISSING = "???"
 
 
@@ -116,6 +119,12 @@ class _Checker:
             if key not in known:
                 if not open_ended:
                     yield unknown_option(f"{place}.{key}", offered, self.owner(place, node))
+                continue
+            if is_network(place) and key in OF_ROLES and key not in beside:
+                yield (
+                    f"{place}.{key}: teachers have an option of this name, which no network is "
+                    f"built with; rename the argument of {self.owner(place, node)}"
+                )
                 continue
             if key in beside:
                 yield from self.value(node, key, beside[key], f"{place}.{key}")

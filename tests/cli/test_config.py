@@ -170,6 +170,8 @@ def own_network(tmp_path, monkeypatch):
         "    def __init__(self, num_classes: int, *, width: int = 8, gate: bool = False): ...\n"
         "class Needs:\n"
         "    def __init__(self, num_classes, depth: int): ...\n"
+        "class Moody:\n"
+        "    def __init__(self, num_classes, *, mode: str = 'calm', seed: int = 0): ...\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     return "own_networks"
@@ -190,6 +192,15 @@ def test_arguments_of_ones_own_class_are_checked_from_its_source(catalogue, own_
     assert problems(catalogue, "student=own_networks.Needs") == [
         "student.depth: own_networks.Needs needs it (integer)"
     ]
+
+
+def test_an_argument_that_would_never_arrive_is_refused(catalogue, own_network):
+    """Teachers have a mode and a seed, so no network is built with such arguments."""
+    assert compose(["student=own_networks.Moody"], catalogue).values["student"]["init_from"] is None
+    words = ("student=own_networks.Moody", "student.mode=wild", "student.seed=3")
+    said = "teachers have an option of this name, which no network is built with; "
+    said += "rename the argument of own_networks.Moody"
+    assert problems(catalogue, *words) == [f"student.mode: {said}", f"student.seed: {said}"]
 
 
 @pytest.mark.parametrize(

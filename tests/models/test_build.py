@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from kdrun.build import allowing
+from kdrun.checks import OF_ROLES
 from kdrun.errors import UserError
-from kdrun.models import build_model
+from kdrun.models import ROLE_KEYS, build_model
 from kdrun.models.mlp import MLP
 from kdrun.models.small_cnn import SmallCNN
 
@@ -107,3 +108,7 @@ def test_a_network_reads_one_of_several_inputs() -> None:
         build_model({**node, "reads": "video"}, num_classes=5, input_shape=shapes)
     with pytest.raises(UserError, match=r"reads=audio: a sample of this data set is one tensor"):
         build_model(node, num_classes=5, input_shape=(13,))
+
+
+def test_what_is_kept_from_constructors_is_what_the_command_line_keeps_for_roles() -> None:
+    assert set(ROLE_KEYS) == OF_ROLES - {"reads"}
