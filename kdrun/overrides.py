@@ -163,8 +163,8 @@ def typed_packages(overrides: Iterable[Override]) -> list[str]:
     return [path.split(".")[0] for path in paths]
 
 
-OF_ONE_NETWORK = ("checkpoint", "finetune", "init_from")
-"""Options of a role that say where the weights of one network come from."""
+OF_ONE_NETWORK = ("checkpoint", "finetune", "init_from", "allow_other_data")
+"""Options of a role that say where the weights of one network come from, and what they may be."""
 
 
 def merge(layers: Iterable[Sequence[str]]) -> list[str]:

@@ -29,7 +29,10 @@ from .conftest import arm
         # What was said of the role stays; what was said of one network, or its weights, does not.
         ([["teacher.cache=logits"], ["teacher=mlp"]], ["teacher.cache=logits", "teacher=mlp"]),
         ([["image_teacher.seed=3"], ["image_teacher=mlp"]], None),
-        ([["teacher=resnet20", "teacher.checkpoint=a.pt"], ["teacher=mlp"]], ["teacher=mlp"]),
+        (
+            [["teacher.checkpoint=a.pt", "teacher.allow_other_data=true"], ["teacher=mlp"]],
+            ["teacher=mlp"],
+        ),
         (
             [["student.init_from=a.pt", "student.reads=x"], ["student=mlp"]],
             ["student.reads=x", "student=mlp"],
