@@ -136,7 +136,7 @@ def _trace(network: nn.Module, sample: Any, channels_last: bool) -> _Call:
 
     def enter(path: str, module: nn.Module) -> Any:
         def hook(_: nn.Module, arguments: tuple, named: dict) -> None:
-            call = _Call(path, module, input=_first_tensor(arguments or named))
+            call = _Call(path, module, input=first_tensor(arguments or named))
             is_image = call.input is sample
             call.entry = _positions(call.input, channels_last and not is_image)
             open_calls[-1].calls.append(call)
@@ -146,7 +146,7 @@ def _trace(network: nn.Module, sample: Any, channels_last: bool) -> _Call:
 
     def leave(module: nn.Module, _: Any, output: Any) -> None:
         call = open_calls.pop()
-        call.output = _first_tensor(output)
+        call.output = first_tensor(output)
         is_channels_first = isinstance(module, (nn.Conv2d, nn.BatchNorm2d))
         call.positions = _positions(call.output, channels_last and not is_channels_first)
 
@@ -165,11 +165,11 @@ def _trace(network: nn.Module, sample: Any, channels_last: bool) -> _Call:
             handle.remove()
         for module, mode in modes.items():
             module.training = mode
-    root.output = _first_tensor(output if isinstance(output, Tensor) else output.logits)
+    root.output = first_tensor(output if isinstance(output, Tensor) else output.logits)
     return root
 
 
-def _first_tensor(value: Any) -> Tensor | None:
+def first_tensor(value: Any) -> Tensor | None:
     """The tensor in what a module reads or gives, alone or first in a tuple or mapping."""
     while not isinstance(value, Tensor):
         items = value.values() if isinstance(value, Mapping) else value

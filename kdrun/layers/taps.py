@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kdrun.layers.layout import Layout, as_map, as_tokens
-from kdrun.layers.tap_points import derive_layout, derive_tap_points
+from kdrun.layers.tap_points import derive_layout, derive_tap_points, first_tensor
 
 Form = Literal["map", "tokens", "raw"]
 
@@ -268,10 +268,15 @@ def _submodule(network: nn.Module, path: str) -> nn.Module:
 
 
 def _first_tensor(value: Any) -> Tensor:
-    """The tensor that a module gives or reads, alone or first in a tuple or mapping."""
-    while not isinstance(value, Tensor):
-        value = next(iter(value.values() if isinstance(value, Mapping) else value))
-    return value
+    """The tensor that a module gives or reads, alone or first in a tuple or mapping.
+
+    Raises:
+        ValueError: there is none.
+    """
+    tensor = first_tensor(value)
+    if tensor is None:
+        raise ValueError(f"a tapped module reads or gives no tensor but a {type(value).__name__}")
+    return tensor
 
 
 def _with_first(value: Any, tensor: Tensor) -> Any:

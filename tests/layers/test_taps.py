@@ -245,6 +245,35 @@ def test_replacing_keeps_the_rest_of_a_tuple() -> None:
         assert not network(torch.randn(2, 5, 3)).any()  # the network checks the rest
 
 
+class Silent(nn.Module):
+    """Two modules that give no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nothing, self.empty = Giving(None), Giving(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.nothing(x)
+        self.empty(x)
+        return x
+
+
+class Giving(nn.Module):
+    def __init__(self, value: object) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, x: Tensor) -> object:
+        return self.value
+
+
+@pytest.mark.parametrize(("path", "kind"), [("nothing", "NoneType"), ("empty", "tuple")])
+def test_a_tap_where_there_is_no_tensor_says_so(inputs, path: str, kind: str) -> None:
+    network = Silent()
+    with attach(network, (f"module:{path}",)), pytest.raises(ValueError, match=f"a {kind}$"):
+        network(inputs)
+
+
 def test_replacing_with_nothing_is_an_error(network, inputs) -> None:
     with replace(network, "layer1", lambda feature: None), pytest.raises(TypeError, match="tensor"):
         network(inputs)
