@@ -68,6 +68,7 @@ LAYERS = {
         *(
             "clock",
             "cores",
+            "names",
             "sizes",
             "files",
             "identity",

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from kdrun.catalogue import listing
 from kdrun.errors import UserError
+from kdrun.names import listing
 from kdrun.report.runs import Run, by_configuration, labels
 from kdrun.report.statistics import Test, holm, mean_and_std, paired
 
