@@ -80,15 +80,14 @@ class CRD(Method):
         self.student_embedding = nn.Linear(width, self.dimension)
         self.teacher_embedding = nn.Linear(teacher_width, self.dimension)
 
-    def prepare(self, teachers: Mapping[str, nn.Module], loader: Iterable[Batch]) -> None:
-        """Number the training samples and lay out the banks.
-
-        Raises:
-            ValueError: targets that are no class ids, such as those of mixed samples.
-        """
-        batches = [(batch.index, batch.target) for batch in loader]
-        if any(target.ndim != 1 for _, target in batches):
+    def inspect(self, batches: Iterable[Batch]) -> None:
+        """Refuse targets that are no class ids, such as those of mixed samples."""
+        if next(iter(batches)).target.ndim != 1:
             raise ValueError("negatives are chosen by class ids: mixup and CutMix must be off")
+
+    def prepare(self, teachers: Mapping[str, nn.Module], loader: Iterable[Batch]) -> None:
+        """Number the training samples and lay out the banks."""
+        batches = [(batch.index, batch.target) for batch in loader]
         index = distributed.gather(torch.cat([index for index, _ in batches])).cpu()
         label = distributed.gather(torch.cat([label for _, label in batches])).cpu()
         index, order = index.sort()
@@ -137,9 +136,12 @@ class CRD(Method):
     def draw(self, rows: Tensor) -> Tensor:
         """Bank rows to compare with, ``(B, 1 + K)``: the sample's own, then its negatives."""
         other_class = self.label != self.label[rows, None]
-        negatives = torch.multinomial(
-            other_class.float(), self.negatives, replacement=self.replacement
-        )
+        if self.replacement:
+            negatives = torch.multinomial(other_class.float(), self.negatives, replacement=True)
+        else:
+            # All equally likely. torch.multinomial would wait for the device to check its weights.
+            lots = torch.rand(other_class.shape, device=rows.device)
+            negatives = lots.masked_fill(~other_class, -1).topk(self.negatives).indices
         return torch.cat([rows[:, None], negatives], dim=1)
 
     @torch.no_grad()
@@ -152,7 +154,9 @@ class CRD(Method):
             for bank, embedding in ((self.student_bank, ours), (self.teacher_bank, theirs)):
                 kept = self.momentum * bank[rows]
                 moved = kept + (1 - self.momentum) * distributed.gather(embedding)
-                bank[rows] = F.normalize(moved, dim=1)
+                # A batch that overflowed may be passed over; it must not stay in the bank.
+                known = moved.isfinite().all(dim=1, keepdim=True)
+                bank[rows] = torch.where(known, F.normalize(moved, dim=1), bank[rows])
         self._compared = []
 
     def weights(self, progress: Progress) -> dict[str, float]:

@@ -95,6 +95,30 @@ def test_negatives_repeat_only_if_there_are_too_few() -> None:
     assert candidates.shape == (12, 10)
 
 
+def test_all_negatives_are_equally_likely() -> None:
+    method, data = ready()
+    torch.manual_seed(0)
+    row = torch.searchsorted(method.index, data.index[:1])
+    drawn = torch.cat([method.draw(row)[:, 1:] for _ in range(800)]).flatten()
+    counts = drawn.bincount(minlength=12)[method.label != method.label[row]]
+    # Five of eight in each of 800 draws: 500 times each, give or take 14.
+    assert len(counts) == 8 and (counts - 500).abs().max() < 60
+
+
+def test_a_batch_that_overflowed_leaves_no_trace_in_the_banks() -> None:
+    method, data = ready()
+    before = method.student_bank.clone()
+    student, teacher = vectors(4, 4, 2), vectors(4, 6, 3)
+    student.features["penultimate"][1] = math.nan
+    rows = torch.searchsorted(method.index, data.index[:4])
+    method.losses(student, {"teacher": teacher}, data.rows(slice(0, 4)), NOW)
+    method.after_step(NOW)
+    assert torch.equal(method.student_bank[rows[1]], before[rows[1]])
+    assert not torch.equal(method.student_bank[rows[0]], before[rows[0]])
+    step(method, data.rows(slice(4, 8)))
+    assert (method.normalisers > 0).all() and method.student_bank.isfinite().all()
+
+
 def test_the_normaliser_is_fixed_by_the_first_batch() -> None:
     method, data = ready()
     assert method.normalisers.tolist() == [0, 0]
@@ -140,7 +164,7 @@ def test_banks_are_part_of_the_saved_state() -> None:
 def test_mixed_targets_are_refused() -> None:
     data = Batch(torch.zeros(4, 1), torch.full((4, 3), 1 / 3), torch.arange(4))
     with pytest.raises(ValueError, match="mixup"):
-        CRD().prepare({}, [data])
+        CRD().inspect([data])
 
 
 def one_rank(rank: int, folder: str) -> None:
