@@ -10,8 +10,9 @@ by token, by a generalised Jensen-Shannon divergence:
 over the tokens of the responses. beta is the teacher's weight, as in TRL. No gradient flows through
 the sampling, dropout is off in it, and its temperature is not used in the loss. Nothing counts
 after the end token, which itself does. ImitKD (Lin et al., EMNLP 2020) is ``on_policy=1
-divergence=forward_kl``. The student is given what comes before the first token that counts, or the
-first ``prompt_tokens`` where all of a row counts.
+divergence=forward_kl``. Every sample is learned from once; the scripts of DistiLLM, whose GKD has
+beta 0.1, draw from a buffer of the last 1,000 instead. The student is given what comes before the
+first token that counts, or the first ``prompt_tokens`` where all of a row counts.
 
 One draw decides for a whole batch; draws and samples come from the random state that checkpoints
 carry, so a continued run goes on with the same text. ``gkd_on_policy`` is the share of batches that
@@ -24,7 +25,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kdrun.layers.generation import prompts_of, sample
 from kdrun.methods.divergence import Divergence
@@ -81,14 +82,29 @@ class GKD(Divergence):
         self.num_classes = 0
 
     def wrap(self, student: nn.Module, teachers: Mapping[str, nn.Module], sample: Any) -> nn.Module:
-        """The student as it is; it is remembered, since it writes."""
+        """The student as it is; it is remembered, since it writes.
+
+        Raises:
+            ValueError: a network cannot read the shortest of what will be written.
+        """
+        size = min(self.prompt_tokens, sample.shape[1]) + self.new_tokens
+        for network in (student, *teachers.values()) if self.on_policy else ():
+            _refuse_shorter(network, sample.new_zeros(1, size))
         # In a plain tuple: as an attribute it would become part of this module and its checkpoints.
         self._writer = (student,)
         return student
 
     def setup(self, student: ModelOutput, teachers: Mapping[str, ModelOutput]) -> None:
-        """The vocabulary that may be drawn from is that of the logits."""
+        """The vocabulary that may be drawn from is that of the logits.
+
+        Raises:
+            ValueError: the end token is none of it.
+        """
         self.num_classes = student.logits.shape[-1]
+        if self.end_token is not None and self.end_token >= self.num_classes:
+            raise ValueError(
+                f"end_token={self.end_token}: the vocabulary has {self.num_classes} tokens"
+            )
 
     def augment(self, batch: Batch) -> Batch:
         """With probability ``on_policy``, the batch with responses of the student."""
@@ -109,3 +125,14 @@ class GKD(Divergence):
             end_token=self.end_token,
         )
         return next_token_batch(tokens, counted, batch.index)
+
+
+@torch.no_grad()
+def _refuse_shorter(network: nn.Module, tokens: Tensor) -> None:
+    try:
+        network(tokens)
+    except (IndexError, RuntimeError) as error:
+        raise ValueError(
+            f"{type(network).__name__} cannot read the {tokens.shape[1]} tokens that prompt_tokens "
+            "and new_tokens make: lower them or choose another network"
+        ) from error

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 
 from kdrun.methods.gkd import GKD
@@ -21,7 +22,7 @@ def writer() -> torch.nn.Module:
 
 def ready(**options) -> tuple[GKD, torch.nn.Module]:
     method, network = GKD(new_tokens=3, prompt_tokens=2, **options), writer()
-    assert method.wrap(network, {}, None) is network
+    assert method.wrap(network, {}, text().inputs[:2]) is network
     method.setup(ModelOutput(torch.zeros(2, 6, WORDS)), {})
     return method, network
 
@@ -72,6 +73,22 @@ def test_the_student_is_no_part_of_the_method() -> None:
     copy.deepcopy(network)
 
 
+def test_an_end_outside_the_vocabulary_is_refused() -> None:
+    ready(end_token=WORDS - 1)
+    with pytest.raises(ValueError, match="end_token=11: the vocabulary has 11 tokens"):
+        ready(end_token=WORDS)
+
+
+def test_networks_must_have_room_for_what_is_written() -> None:
+    options = {"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 6}
+    short = hf_lm(num_classes=WORDS, input_shape=[6], options=options)
+    tokens = text().inputs[:2]
+    GKD(new_tokens=4, prompt_tokens=2).wrap(writer(), {"teacher": short}, tokens)
+    with pytest.raises(ValueError, match="GPT2LMHeadModel cannot read the 7 tokens that prompt_"):
+        GKD(new_tokens=5, prompt_tokens=2).wrap(writer(), {"teacher": short}, tokens)
+    GKD(new_tokens=5, prompt_tokens=2, on_policy=0.0).wrap(writer(), {"teacher": short}, tokens)
+
+
 def test_imitation_is_forward_kl_on_what_the_student_wrote() -> None:
     method, network = ready(on_policy=1.0, divergence="forward_kl")
     batch = method.augment(text())
@@ -84,3 +101,25 @@ def test_imitation_is_forward_kl_on_what_the_student_wrote() -> None:
     torch.testing.assert_close(loss, each[:, 1:].mean())
     loss.backward()
     assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+def test_training_on_its_own_text_brings_the_student_to_the_teacher() -> None:
+    method, student = ready(on_policy=1.0)
+    torch.manual_seed(7)
+    teacher = copy.deepcopy(student)
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    optimizer = torch.optim.Adam(student.parameters(), 0.02)
+    losses = []
+    for _ in range(40):
+        batch = method.augment(text())
+        with torch.no_grad():
+            theirs = ModelOutput(teacher(batch.inputs).logits)
+        ours = ModelOutput(student(batch.inputs).logits)
+        loss = method.losses(ours, {"teacher": theirs}, batch, NOW)["divergence"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-5:]) < 0.3 * sum(losses[:5])
