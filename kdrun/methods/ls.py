@@ -13,7 +13,7 @@ in the authors' code. What a base sees across ranks is said there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from torch import Tensor
@@ -69,6 +69,10 @@ class LS(Method):
                 alpha=weight * alpha, beta=weight * beta, warmup_epochs=warmup_epochs, **common
             )
         self.relational, self.views = self.base.relational, self.base.views
+
+    def inspect(self, batches: Iterable[Batch]) -> None:
+        """Refuse what the base refuses."""
+        self.base.inspect(batches)
 
     def setup(self, student: ModelOutput, teachers: Mapping[str, ModelOutput]) -> None:
         """Set up the base, which trains for the same task."""

@@ -58,6 +58,15 @@ def test_kd_is_that_of_standardised_logits() -> None:
     assert method.weights(NOW) == {"supervised": 0.1, "kd": 9.0}
 
 
+def test_what_the_base_refuses_is_refused() -> None:
+    _, _, batch = outputs()
+    mixed = Batch(batch.inputs, torch.full((6, 5), 0.2), batch.index)
+    for base in ("kd", "dkd", "mlld"):
+        LS(base=base).inspect([batch])
+    with pytest.raises(ValueError, match="mixup and CutMix must be off"):
+        LS(base="dkd").inspect([mixed])
+
+
 def test_the_supervised_term_sees_plain_logits() -> None:
     student, teacher, batch = outputs()
     method = LS()
