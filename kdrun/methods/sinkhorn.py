@@ -23,8 +23,9 @@ logits at the first position that counts, over the few tokens that stand for the
 code has it in a comment. ``tokens``: every position that counts, at most ``tokens_at_most`` of them
 drawn anew in each step, one problem for the batch. ``tokens_per_sequence``: one problem for each
 sequence, summed, as in the authors' Multi-Level OT. What the T0 release runs, a softmax over
-positions normalised over the batch, is not offered. ``top_k`` keeps the teacher's likeliest classes
-of the batch, renormalised on both sides.
+positions normalised over the batch, is not offered; nor is its L_kd over padding too, a mean over
+the positions that count stands in for it. ``top_k`` keeps the teacher's likeliest classes of the
+batch, renormalised on both sides.
 
 Each process solves the problem of its own batch, as in the release; ``gather`` makes it one problem
 over the batches of all ranks. Diagnostics, of that problem: ``sinkhorn_cost`` (transport cost per
@@ -40,64 +41,39 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from kdrun.losses import distributed
 from kdrun.losses.divergence import soft_cross_entropy
 from kdrun.losses.feature_maps import mean_squared_error
-from kdrun.losses.optimal_transport import counted_costs, pairwise_l1, sinkhorn_plan
-from kdrun.losses.precision import full_precision
-from kdrun.losses.sequence import drawn_positions, first_counted, likeliest_classes
+from kdrun.losses.optimal_transport import samplewise_distance, transport_of_distributions
+from kdrun.losses.points import choose_points
+from kdrun.losses.sequence import find_label_words, responses
 from kdrun.method import Method
 from kdrun.outputs import Batch, ModelOutput, Progress
 from kdrun.parameters import Fraction, NonNegative, NonNegativeInt, Positive, PositiveInt
 
-MOST_LABEL_WORDS = 64
-"""More first tokens than that are running text, not names of classes."""
-
-# Per task, the paper tunes alpha, kd_form and temperature; "glue" carries those of SST-2 and
-# conf/method/sinkhorn.yaml lists the others.
+# The paper's, for BERT on GLUE. It tunes alpha, kd_form and temperature per task; these are those
+# of SST-2, and conf/method/sinkhorn.yaml lists the others.
+GLUE: dict[str, Any] = {
+    "alpha": 0.9,
+    "kd_form": "kd",
+    "temperature": 2.0,
+    "t_squared": False,
+    "beta": 0.8,
+    "scale": 1e-3,
+    "reduction": "sum",
+    "sinkhorn_temperature": 2.0,
+    "epsilon": 0.1,
+    "iterations": 20,
+}
 PRESETS: dict[str, dict[str, Any]] = {
-    # Ours, not the paper's: weights that do not depend on the size of the batch.
-    "vision": {
-        "alpha": 0.9,
-        "kd_form": "kd",
-        "temperature": 4.0,
-        "t_squared": True,
-        "beta": 1.0,
-        "scale": 1.0,
-        "reduction": "mean",
-        "sinkhorn_temperature": 2.0,
-        "epsilon": 0.1,
-        "iterations": 20,
-    },
-    # The paper's, for BERT on GLUE.
-    "glue": {
-        "alpha": 0.9,
-        "kd_form": "kd",
-        "temperature": 2.0,
-        "t_squared": False,
-        "beta": 0.8,
-        "scale": 1e-3,
-        "reduction": "sum",
-        "sinkhorn_temperature": 2.0,
-        "epsilon": 0.1,
-        "iterations": 20,
-    },
+    "glue": GLUE,
     # The paper's, for T0 and GPT-Neo on prompted SuperGLUE.
-    "superglue": {
-        "supervised_weight": 1.0,
-        "alpha": 0.1,
-        "kd_form": "kd",
-        "temperature": 1.0,
-        "t_squared": False,
-        "beta": 1.0,
-        "scale": 8e-4,
-        "reduction": "sum",
-        "sinkhorn_temperature": 2.0,
-        "epsilon": 0.1,
-        "iterations": 20,
-    },
+    "superglue": GLUE
+    | {"supervised_weight": 1.0, "alpha": 0.1, "temperature": 1.0, "beta": 1.0, "scale": 8e-4},
+    # Ours, not the paper's: weights that do not depend on the size of the batch.
+    "vision": GLUE
+    | {"temperature": 4.0, "t_squared": True, "beta": 1.0, "scale": 1.0, "reduction": "mean"},
 }
 
 # The sample-wise ablation of the paper has its own temperature, in either preset.
@@ -119,48 +95,6 @@ class Constants:
     epsilon: float
     iterations: int
     supervised_weight: float | None = None
-
-
-@full_precision
-def transport(
-    student: Tensor,
-    teacher: Tensor,
-    *,
-    temperature: float,
-    epsilon: float,
-    iterations: int,
-    counted: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Transport a batch of student distributions onto the teacher's.
-
-    Args:
-        student: logits ``(..., B, C)``.
-        teacher: logits ``(..., B, C)``.
-        temperature: tau, which softens both distributions.
-        epsilon: strength of the entropic regularisation.
-        iterations: pairs of row and column steps.
-        counted: ``(..., B)``, true at the samples that take part; None: all do.
-
-    Returns:
-        The plan ``(..., B, B)``, whose mass is the number of samples that take part, and the cost
-        it was made for; row i is a student sample, column j a teacher sample.
-    """
-    cost = pairwise_l1(
-        F.softmax(student / temperature, dim=-1), F.softmax(teacher / temperature, dim=-1)
-    )
-    if counted is None:
-        return sinkhorn_plan(cost, epsilon=epsilon, iterations=iterations), cost
-    allowed, pairs = counted_costs(cost, counted)
-    plan = sinkhorn_plan(allowed, epsilon=epsilon, iterations=iterations)
-    return plan.masked_fill(~pairs, 0.0), cost
-
-
-@full_precision
-def samplewise_distance(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
-    """``sum_c |softmax(student / tau)_c - softmax(teacher / tau)_c|`` of each sample, ``(B,)``."""
-    ours = F.softmax(student / temperature, dim=-1)
-    theirs = F.softmax(teacher / temperature, dim=-1)
-    return (ours - theirs).abs().sum(dim=-1)
 
 
 class Sinkhorn(Method):
@@ -238,13 +172,30 @@ class Sinkhorn(Method):
         self.points, self.tokens_at_most, self.top_k = points, tokens_at_most, top_k
         self.register_buffer("label_words", None)
         if label_words is not None:
+            if len(set(label_words)) < max(2, len(label_words)):
+                raise ValueError(f"label_words={label_words}: must be two or more different tokens")
             self.label_words = torch.tensor(label_words)
+
+    def inspect(self, batches: Iterable[Batch]) -> None:
+        """Refuse label words that cannot stand for the training responses.
+
+        Raises:
+            ValueError: see ``find_label_words``; or no response begins with one that is given.
+        """
+        if self.points != "label_words":
+            return
+        if self.label_words is None:
+            find_label_words(batches)
+            return
+        unknown = set(self.label_words.tolist()) - {response[0] for response in responses(batches)}
+        if unknown:
+            raise ValueError(f"label_words: no training response begins with {min(unknown)}")
 
     def setup(self, student: ModelOutput, teachers: Mapping[str, ModelOutput]) -> None:
         """A single output is a regression: there is no distribution to transport.
 
         Raises:
-            ValueError: the points are not those of such logits.
+            ValueError: the points are not those of such logits, or a label word is no token.
         """
         shape = tuple(student.logits.shape)
         if self.points is None:
@@ -254,27 +205,19 @@ class Sinkhorn(Method):
         if self.variant == "samplewise" and self.points == "tokens_per_sequence":
             raise ValueError("variant=samplewise has no batch to cut into sequences: points=tokens")
         self.is_regression = shape[-1] == 1
+        largest = -1 if self.label_words is None else int(self.label_words.max())
+        if largest >= shape[-1]:
+            raise ValueError(f"label_words: {largest} is no token, the vocabulary has {shape[-1]}")
 
     def prepare(self, teachers: Mapping[str, nn.Module], loader: Iterable[Batch]) -> None:
-        """Find the label words: the tokens that come first in the training responses.
-
-        Raises:
-            ValueError: nothing marks the responses, or they begin with too many different tokens.
-        """
+        """Find the label words: the tokens that come first in the training responses."""
         if self.points != "label_words" or self.label_words is not None:
             return
-        found = torch.empty(0, dtype=torch.int64)
-        for batch in loader:
-            if batch.mask is None:
-                raise ValueError("points=label_words: nothing marks where responses begin")
-            words = first_counted(batch.target, batch.mask).to(found.device)
-            found = torch.cat([found, words]).unique()
-        if not 2 <= len(found) <= MOST_LABEL_WORDS:
-            raise ValueError(
-                f"points=label_words: responses begin with {len(found)} different tokens, which "
-                "are no classes; give label_words"
-            )
-        self.label_words = found.to(batch.target.device)
+        words = find_label_words(loader)
+        parameters = (p for network in teachers.values() for p in network.parameters())
+        device = next((parameter.device for parameter in parameters), words.device)
+        # Each process has seen its part of the data; all must compare the same words.
+        self.label_words = distributed.gather(words.to(device)).unique()
 
     def losses(
         self,
@@ -304,24 +247,17 @@ class Sinkhorn(Method):
         self, student: Tensor, teacher: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The logits of the points, and which of these count; None: all of them."""
-        if self.points in (None, "samples"):
-            return student, teacher, None
-        if mask is None:
-            mask = student.new_ones(student.shape[:-1], dtype=torch.bool)
-        if self.points == "label_words":
-            words = self.label_words.to(student.device)
-            return (
-                first_counted(student, mask)[:, words],
-                first_counted(teacher, mask)[:, words],
-                None,
-            )
-        if self.top_k is not None:
-            classes = likeliest_classes(teacher.flatten(0, 1), mask.flatten(), self.top_k)
-            student, teacher = student[..., classes], teacher[..., classes]
-        if self.points == "tokens_per_sequence":
-            return student, teacher, mask
-        rows, counted = drawn_positions(mask.flatten(), self.tokens_at_most)
-        return student.flatten(0, 1)[rows], teacher.flatten(0, 1)[rows], counted
+        if self.label_words is not None:
+            self.label_words = self.label_words.to(student.device)
+        return choose_points(
+            student,
+            teacher,
+            mask,
+            points=self.points or "samples",
+            label_words=self.label_words,
+            tokens_at_most=self.tokens_at_most,
+            top_k=self.top_k,
+        )
 
     def sinkhorn(self, student: Tensor, teacher: Tensor, counted: Tensor | None = None) -> Tensor:
         """The unscaled Sinkhorn term of points ``(..., N, C)``; records the diagnostics.
@@ -341,7 +277,7 @@ class Sinkhorn(Method):
             )
             total = distances.sum() if counted is None else (distances * counted).sum()
         else:
-            plan, cost = transport(
+            plan, cost = transport_of_distributions(
                 student,
                 teacher,
                 temperature=constants.sinkhorn_temperature,

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
+from torch import distributed, multiprocessing
 
-from kdrun.methods.sinkhorn import PRESETS, Sinkhorn, samplewise_distance, transport
+from kdrun.losses.optimal_transport import samplewise_distance, transport_of_distributions
+from kdrun.methods.sinkhorn import PRESETS, Sinkhorn
 from kdrun.outputs import Batch, ModelOutput, Progress
 from tests.methods.training import agreement, train
 
@@ -16,7 +19,7 @@ TEACHER = torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 1.0]])
 
 
 def raw_cost(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    plan, cost = transport(student, teacher, **CONSTANTS)
+    plan, cost = transport_of_distributions(student, teacher, **CONSTANTS)
     return (plan * cost).sum()
 
 
@@ -35,11 +38,16 @@ def terms(method: Sinkhorn, student: torch.Tensor, teacher: torch.Tensor, progre
 
 
 def test_cost_plan_and_loss_by_hand() -> None:
-    plan, cost = transport(STUDENT, TEACHER, **CONSTANTS)
+    plan, cost = transport_of_distributions(STUDENT, TEACHER, **CONSTANTS)
     expected_cost = torch.tensor([[0.190509, 0.547568], [0.728351, 0.384930]])
     torch.testing.assert_close(cost, expected_cost, atol=1e-6, rtol=0)
+    kernel = torch.tensor([[0.148810, 0.004187], [0.000687, 0.021295]])
+    torch.testing.assert_close((-cost / 0.1).exp(), kernel, atol=1e-6, rtol=0)
     expected_plan = torch.tensor([[0.970571, 0.029060], [0.029429, 0.970940]])
     torch.testing.assert_close(plan, expected_plan, atol=1e-6, rtol=0)
+    rows = torch.tensor([0.999631, 1.000369])
+    torch.testing.assert_close(plan.sum(1), rows, atol=1e-6, rtol=0)
+    torch.testing.assert_close(plan.sum(0), torch.ones(2), atol=1e-6, rtol=0)
     assert raw_cost(STUDENT, TEACHER).item() == pytest.approx(0.595994, abs=1e-6)
 
 
@@ -57,7 +65,7 @@ def test_gradient_by_hand() -> None:
 
 def test_a_detached_plan_would_give_another_gradient() -> None:
     student = STUDENT.clone().requires_grad_()
-    plan, cost = transport(student, TEACHER, **CONSTANTS)
+    plan, cost = transport_of_distributions(student, TEACHER, **CONSTANTS)
     (1e-3 * (plan.detach() * cost).sum()).backward()
     detached = 1e-4 * torch.tensor([[-1.43746, 2.02042, -0.58296], [-1.22809, 2.42500, -1.19691]])
     torch.testing.assert_close(student.grad, detached, atol=1e-9, rtol=0)
@@ -210,6 +218,16 @@ def test_points_must_be_those_of_the_logits() -> None:
         Sinkhorn(points="tokens").setup(ModelOutput(torch.zeros(2, 3)), {})
 
 
+def test_samples_that_do_not_count_are_not_transported() -> None:
+    student, teacher = random_logits()
+    mask = torch.tensor([1, 1, 0, 1, 0, 1], dtype=torch.bool)
+    method = Sinkhorn(preset="glue")
+    torch.testing.assert_close(
+        method.sinkhorn(*method.chosen(student, teacher, mask)),
+        raw_cost(student[mask], teacher[mask]),
+    )
+
+
 # -- sequences ------------------------------------------------------------------------------------
 
 
@@ -256,11 +274,73 @@ def test_label_words_are_what_training_responses_begin_with() -> None:
     method, loader = Sinkhorn(points="label_words"), [Batch(target, target, rows(3), mask)]
     method.prepare({}, loader)
     assert method.label_words.tolist() == [0, 3]
+
+
+def of_responses(*responses: list[int]) -> list[Batch]:
+    """Batches of one row each: a prompt token 9, then a response, cut or filled up to 4 tokens."""
+    filled = [torch.tensor([[9, *response, 9, 9, 9]])[:, :4] for response in responses]
+    counted = [torch.arange(4)[None] - 1 for _ in responses]
+    return [
+        Batch(target, target, rows(1), (place >= 0) & (place < len(response)))
+        for target, place, response in zip(filled, counted, responses, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "responses", "said"),
+    [
+        (None, [[2, 3], [2, 3]], "begin with 1 different tokens, which are no classes"),
+        (None, [[2, 3], [4, 5], [2, 6]], "different responses begin with the token 2, so it"),
+        (None, [[token] for token in range(65)], "begin with 65 different tokens"),
+        ([2, 5], [[2, 3], [4, 5]], "label_words: no training response begins with 5"),
+    ],
+)
+def test_label_words_that_stand_for_no_classes_are_refused(given, responses, said) -> None:
+    with pytest.raises(ValueError, match=said):
+        Sinkhorn(points="label_words", label_words=given).inspect(of_responses(*responses))
+
+
+def test_label_words_that_stand_for_classes() -> None:
+    for given in (None, [4, 2]):
+        # The second response is the first one cut short.
+        batches = of_responses([2, 3, 3], [2, 3], [4, 5])
+        Sinkhorn(points="label_words", label_words=given).inspect(batches)
+    Sinkhorn(points="tokens").inspect(of_responses([2], [2]))
+
+
+@pytest.mark.parametrize("given", [None, [2, 3]])
+def test_label_words_need_marked_responses(given) -> None:
+    target = torch.zeros(3, 4, dtype=torch.int64)
     with pytest.raises(ValueError, match="nothing marks where responses begin"):
-        Sinkhorn(points="label_words").prepare({}, [Batch(target, target, rows(3))])
-    same = [Batch(target, torch.full_like(target, 2), rows(3), mask)]
-    with pytest.raises(ValueError, match="begin with 1 different tokens"):
-        Sinkhorn(points="label_words").prepare({}, same)
+        method = Sinkhorn(points="label_words", label_words=given)
+        method.inspect([Batch(target, target, rows(3))])
+
+
+def test_label_words_must_be_different_tokens_of_the_vocabulary() -> None:
+    for words in ([3], [3, 3]):
+        with pytest.raises(ValueError, match="must be two or more different tokens"):
+            Sinkhorn(points="label_words", label_words=words)
+    method = Sinkhorn(points="label_words", label_words=[1, 5])
+    with pytest.raises(ValueError, match="label_words: 5 is no token, the vocabulary has 5"):
+        method.setup(ModelOutput(torch.zeros(2, 3, 5)), {})
+
+
+def one_rank(rank: int, folder: str) -> None:
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
+    target = torch.tensor([[2, 9], [4 + rank, 9]])
+    mask = torch.tensor([[True, False], [True, False]])
+    method = Sinkhorn(points="label_words")
+    method.prepare({}, [Batch(target, target, rows(2), mask)])
+    torch.save(method.label_words, f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_all_ranks_compare_the_same_label_words(tmp_path: Path) -> None:
+    multiprocessing.spawn(one_rank, args=(str(tmp_path),), nprocs=2)
+    assert [torch.load(tmp_path / f"{rank}.pt").tolist() for rank in (0, 1)] == [[2, 4, 5]] * 2
 
 
 def rows(count: int) -> torch.Tensor:
