@@ -241,7 +241,8 @@ class Sinkhorn(Method):
             mask=batch.mask,
         )
         chosen = self.chosen(ours, theirs, batch.mask)
-        return {"supervised": supervised, "kd": kd, "sinkhorn": self.sinkhorn(*chosen)}
+        weight = None if batch.mask is None else batch.mask.sum()
+        return {"supervised": supervised, "kd": kd, "sinkhorn": self.sinkhorn(*chosen, weight)}
 
     def chosen(
         self, student: Tensor, teacher: Tensor, mask: Tensor | None
@@ -259,17 +260,25 @@ class Sinkhorn(Method):
             top_k=self.top_k,
         )
 
-    def sinkhorn(self, student: Tensor, teacher: Tensor, counted: Tensor | None = None) -> Tensor:
+    def sinkhorn(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        counted: Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> Tensor:
         """The unscaled Sinkhorn term of points ``(..., N, C)``; records the diagnostics.
 
         Args:
             student: logits.
             teacher: logits.
             counted: ``(..., N)``, true at the points that take part; None: all do.
+            weight: of this rank's batch among those of all; see ``distributed.gather``.
         """
         constants = self.constants
         if self.gather:
-            student, teacher = distributed.gather(student), distributed.gather(teacher)
+            student = distributed.gather(student, weight)
+            teacher = distributed.gather(teacher)
             counted = None if counted is None else distributed.gather(counted)
         if self.variant == "samplewise":
             distances = samplewise_distance(

@@ -50,9 +50,13 @@ BATCH = 64
 LOCALLY = r"not look across ranks|batch of one process|[Ee]ach process|its own batch|a rank sees"
 TOGETHER = r"gather|all ranks|all processes"
 """What a method that compares samples says about several processes."""
-GATHERED = "sinkhorn gather"
+GATHERED = ("sinkhorn gather", "sinkhorn gather words text", "sinkhorn gather text")
 CHANGED = {
-    GATHERED: {"gather": True},
+    "sinkhorn gather": {"gather": True},
+    "sinkhorn gather words text": {
+        **{"gather": True, "points": "label_words", "label_words": [1, 2, 3]},
+    },
+    "sinkhorn gather text": {"gather": True, "tokens_at_most": 1000},
     "mst": {"masks": False},  # They are trained in a stage of their own.
     "gkd text": {"on_policy": 0.0},  # What the student writes is drawn.
 }
@@ -75,7 +79,7 @@ def names_of(method: str) -> list[str]:
 
 NAMES = [
     *(name for method in NODES if method not in OF_ONE_BATCH for name in names_of(method)),
-    GATHERED,
+    *GATHERED,
 ]
 
 
@@ -336,7 +340,7 @@ def test_two_processes(alone, ranks, name: str) -> None:
         assert first[key].keys() == second[key].keys()
         for place, value in first[key].items():
             assert torch.equal(value, second[key][place]), f"the ranks disagree about {place}"
-    if of_samples(name) or name == GATHERED:
+    if of_samples(name) or name in GATHERED:
         assert_same_step(first, alone(name))
         return
     if method_of(name).ordered:
