@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from kdrun import fit as fit_module
 from kdrun.errors import UserError
 from kdrun.fit import CHECKPOINT, make_trainer, read_checkpoint
 from kdrun.interruption import Stopped
@@ -79,7 +78,7 @@ def test_distillation_equals_a_bare_loop_bit_for_bit(tmp_path: Path) -> None:
         with torch.no_grad():
             target = teacher(batch.inputs)
         p, q = F.log_softmax(target / 4, dim=-1), F.log_softmax(logits / 4, dim=-1)
-        divergence = F.kl_div(q, p, reduction="none", log_target=True).sum(-1).mean() * 16
+        divergence = F.kl_div(q, p, reduction="sum", log_target=True) * (16 / len(logits))
         return 0.1 * cross_entropy(logits, batch) + 0.9 * divergence
 
     ours = Training(
@@ -382,7 +381,7 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path: Path, damage: str) -> None:
 
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch) -> None:
     training = noisy_training(tmp_path / "full")
-    real, calls = fit_module.torch.save, []
+    real, calls = torch.save, []
 
     def fails_at_third(state, file) -> None:
         calls.append(state["step_count"])
@@ -391,7 +390,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch) -> N
             raise OSError(28, "No space left on device")
         real(state, file)
 
-    monkeypatch.setattr(fit_module.torch, "save", fails_at_third)
+    monkeypatch.setattr(torch, "save", fails_at_third)
     training.checkpoint_seconds = 0.0
     with pytest.raises(UserError, match=r"cannot write .*last\.ckpt: No space left on device"):
         training.run()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from kdrun.assembly import build_untrained
 from kdrun.checkpoints import save_weights, saved_for
@@ -18,6 +20,7 @@ from kdrun.data.module import DataModule
 from kdrun.data.normalise import Normalisation
 from kdrun.data.resident import Samples
 from kdrun.errors import UserError
+from kdrun.experiment import prepare_data
 from kdrun.fit import fit
 from kdrun.given_weights import refuse_other_data
 from kdrun.models.external import hf_model
@@ -25,7 +28,7 @@ from kdrun.models.mlp import MLP
 from kdrun.models.vision_language import ImageConversion
 from kdrun.stages import training as training_module
 from tests.models.test_vision_language import tiny_clip
-from tests.tiny import WORDS, composed, digits, run, small_cnn
+from tests.tiny import WORDS, composed, digits, run, small_cnn, tiny_config
 
 Refused = Callable[..., str]
 
@@ -219,6 +222,37 @@ class Numbers(DataModule):
             )
             for name, ids in self._targets.items()
         }
+
+
+def collapsed(network: nn.Module, value: float, path: Path) -> str:
+    """Words for a teacher of which every weight is ``value``."""
+    for parameter in network.parameters():
+        nn.init.constant_(parameter, value)
+    torch.save(network.state_dict(), path)
+    return f"teacher.checkpoint={path}"
+
+
+@pytest.mark.parametrize("value", [0.0, math.nan], ids=["the same for all", "no numbers"])
+def test_a_collapsed_teacher(tmp_path: Path, value: float) -> None:
+    network = MLP(num_classes=10, input_shape=(1, 8, 8), hidden=(128,))
+    word = collapsed(network, value, tmp_path / "a.pt")
+    with pytest.raises(UserError, match="the teacher is at chance"):
+        run(tmp_path, HIDDEN, word, "recipe.stages.alone=null")
+
+
+@pytest.mark.parametrize("value", [0.0, math.nan], ids=["the same for all", "no numbers"])
+def test_a_collapsed_teacher_of_language(tmp_path: Path, value: float) -> None:
+    (tmp_path / "texts").mkdir()
+    text = "".join(f"{i} and {i} is {2 * i}.\n" for i in range(60))
+    (tmp_path / "texts" / "a.txt").write_text(text)
+    words = (
+        *("dataset=text_folder", f"dataset.source.path={tmp_path / 'texts'}", "dataset.length=8"),
+        *("teacher=gpt2_nano", "student=gpt2_nano", "recipe.stages.alone=null"),
+    )
+    config = tiny_config(tmp_path, *words).values
+    network = build_untrained(config["teacher"], prepare_data(config)[0], 0)
+    with pytest.raises(UserError, match="the teacher is at chance"):
+        run(tmp_path, *words, collapsed(network, value, tmp_path / "a.pt"))
 
 
 def test_labels_outside_the_classes() -> None:
