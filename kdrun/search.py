@@ -184,12 +184,11 @@ def open_study(
         )
     waiting = tuple(trial.number for trial in study.trials if trial.state == states.WAITING)
     # The same seed would draw the same first trials again.
-    seed = int(settings.get("sampler.seed", settings["sampler"]["seed"]))
-    rest = (
-        f"hydra.sweeper.n_trials={left}",
-        f"hydra.sweeper.sampler.seed={seed + len(study.trials)}",
-    )
-    return Sitting(waiting, len(study.trials), rest)
+    seed = settings.get("sampler.seed", settings["sampler"]["seed"])
+    rest = [f"hydra.sweeper.n_trials={left}"]
+    if seed != "null":
+        rest.append(f"hydra.sweeper.sampler.seed={int(seed) + len(study.trials)}")
+    return Sitting(waiting, len(study.trials), tuple(rest))
 
 
 def _refuse_another_search(

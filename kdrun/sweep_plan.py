@@ -138,12 +138,14 @@ def expanded(words: Sequence[str], catalogue: Catalogue) -> tuple[str | None, li
 def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Words for launcher and sweeper, and words for the runs."""
     ours = (*HYDRA_GROUPS, "hydra", "fail_fast", "objectives", "pruner")
-    settings = [
-        word
-        for word in words
-        if word.lstrip("+").partition("=")[0].split(".")[0].split("/")[0] in ours
-    ]
-    return settings, [word for word in words if word not in settings]
+    settings, of_runs = [], []
+    for word in words:
+        group = word.lstrip("+").partition("=")[0].split(".")[0].split("/")[0]
+        if group not in ours:
+            of_runs.append(word)
+        else:  # Only to Hydra itself does `+` mean something.
+            settings.append(word if group == "hydra" else word.lstrip("+"))
+    return settings, of_runs
 
 
 def _fail_fast(settings: list[str]) -> tuple[bool, list[str]]:
@@ -226,8 +228,10 @@ def hydra_settings(settings: Sequence[str], catalogue: Catalogue) -> tuple[list[
     words, problems = [], []
     chosen: dict[str, str] = {}
     for word in settings:
-        key, _, name = word.partition("=")
-        if key in HYDRA_GROUPS:
+        key, equals, name = word.partition("=")
+        if not equals:
+            problems.append(f"{word}: '=' is missing; options are written key=value")
+        elif key in HYDRA_GROUPS:
             choices = ["basic", *catalogue.choices(key)]
             if name not in choices:
                 problems.append(unknown_choice(key, name, choices))
@@ -238,6 +242,8 @@ def hydra_settings(settings: Sequence[str], catalogue: Catalogue) -> tuple[list[
     for word in settings:
         key, equals, _ = word.partition("=")
         group, _, option = key.partition(".")
+        if not equals:
+            continue
         if group in HYDRA_GROUPS and option:
             if group not in chosen or chosen[group] == "basic":
                 problems.append(f"{word}: say which {group} first ({group}=...)")
@@ -253,8 +259,6 @@ def hydra_settings(settings: Sequence[str], catalogue: Catalogue) -> tuple[list[
             words.append(f"{'+' if inside else ''}hydra.{word}")
         elif group not in HYDRA_GROUPS:
             words.append(word)
-        elif not equals:
-            problems.append(f"{word}: '=' is missing; options are written key=value")
     return words, problems
 
 
@@ -269,6 +273,8 @@ def _setting_problem(word: str, option: str, node: Mapping[str, Any]) -> list[st
         default = default.get(part) if isinstance(default, dict) else None
     text = word.partition("=")[2]
     if isinstance(default, bool) or not isinstance(default, int | float):
+        return []
+    if option == "sampler.seed" and text == "null":
         return []
     kind = int if isinstance(default, int) else float
     try:

@@ -112,6 +112,10 @@ def test_large_grids_are_checked_value_by_value(runs, catalogue):
         (["launcher.n_jobs=2"], "say which launcher first"),
         (["method.temperature=interval(1,2)"], "needs a search"),
         (["sweeper=grid"], "no such sweeper"),
+        (["launcher"], "launcher: '=' is missing"),
+        (["launcher=joblib", "launcher.n_jobs"], "launcher.n_jobs: '=' is missing"),
+        (["hydra.sweep.dir", "seed=0,1"], "hydra.sweep.dir: '=' is missing"),
+        (["+launcher=joblob"], "Did you mean launcher=joblib?"),
     ],
 )
 def test_settings_of_launcher_and_sweeper_are_checked(runs, catalogue, words, said):
@@ -190,10 +194,11 @@ def test_a_search_maximises_and_survives_failures(runs, catalogue, tmp_path, opt
     assert records == 5
 
 
-def test_a_search_goes_on_to_its_total(runs, catalogue, tmp_path, optuna):
+@pytest.mark.parametrize("seed", ["sweeper.sampler.seed=0", "sweeper.sampler.seed=null"])
+def test_a_search_goes_on_to_its_total(runs, catalogue, tmp_path, optuna, seed):
     storage = f"sweeper.storage=sqlite:///{tmp_path}/search.db"
-    module.sweep([*SEARCH, storage, "sweeper.n_trials=2"], [], catalogue)
-    module.sweep([*SEARCH, storage, "sweeper.n_trials=3"], [], catalogue)
+    module.sweep([*SEARCH, storage, "sweeper.n_trials=2", seed], [], catalogue)
+    module.sweep([*SEARCH, storage, "sweeper.n_trials=3", seed], [], catalogue)
     assert len(runs.words) == 3
     assert len({tuple(words) for words in runs.words}) == 3, "the third trial repeats another"
     with pytest.raises(UserError, match="has 3 trials, best value"):
