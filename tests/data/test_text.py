@@ -218,6 +218,12 @@ def test_texts_that_cannot_be_used_are_refused_in_one_line(tmp_path: Path) -> No
         corpus(tmp_path, tokenizer="./none")
 
 
+def test_a_token_beyond_the_vocabulary_is_refused(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(ByteTokenizer, "encode", lambda tokenizer, text: [0, 300] * 20)
+    with pytest.raises(UserError, match="gives the token 300, but its vocabulary has 257"):
+        corpus(tmp_path)
+
+
 @pytest.mark.skipif(
     not Path(os.environ.get("KDRUN_DATA", "/nowhere"), "karpathy/tiny_shakespeare").is_dir(),
     reason="KDRUN_DATA holds no karpathy/tiny_shakespeare",

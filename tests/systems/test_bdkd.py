@@ -11,6 +11,7 @@ import pytest
 from kdrun.catalogue import open_catalogue
 from kdrun.config import compose
 from kdrun.experiment import run_experiment
+from kdrun.validation import check
 from tests.systems.killing import metrics_of, run_and_kill, weights
 from tests.tiny import run
 
@@ -117,6 +118,7 @@ def test_a_step_at_full_scale_on_stand_ins(miniature, tmp_path: Path) -> None:
     miniature("uoft-cs/cifar100", columns=("img", "fine_label"))
     words = (*PAPER, "teacher=resnet14", "student=resnet8", "dry=true", f"output_dir={tmp_path}")
     config = compose([*words, "trainer.progress=off"], open_catalogue())
+    assert any(line.startswith("student") for line in check(config.values, config.names))
     result = run_experiment(config.values, names=config.names, overrides=[], command=[])
     assert set(result["networks"]) == {"teacher", "alone", "distilled"}
     shares = result["networks"]["distilled"]["training"]["gradient_shares"]

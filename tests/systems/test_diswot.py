@@ -20,6 +20,7 @@ from kdrun.errors import UserError
 from kdrun.evaluation import parameter_count
 from kdrun.experiment import run_experiment
 from kdrun.stages.search import FOUND, HISTORY, Search
+from kdrun.validation import check
 from tests.systems.killing import metrics_of, run_and_kill, weights
 from tests.tiny import run
 
@@ -174,7 +175,9 @@ def test_killed_in_training_and_started_again(tmp_path: Path, step: int) -> None
 # -- full scale ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recipe", ["diswot_depths", "diswot_nas_bench_201"])
+@pytest.mark.parametrize(
+    "recipe", [pytest.param("diswot_depths", marks=pytest.mark.slow), "diswot_nas_bench_201"]
+)
 def test_a_step_at_full_scale_on_stand_ins(miniature, tmp_path: Path, recipe: str) -> None:
     """The paper's searches with few candidates, then one step of every stage."""
     miniature("uoft-cs/cifar100", columns=("img", "fine_label"))
@@ -193,6 +196,7 @@ def test_a_step_at_full_scale_on_stand_ins(miniature, tmp_path: Path, recipe: st
         config.values["recipe"]["stages"] |= compose(["method=diswot"], open_catalogue()).values[
             "recipe"
         ]["stages"] | {"search": config.values["recipe"]["stages"]["search"]}
+    assert any(line.startswith("student") for line in check(config.values, config.names))
     result = run_experiment(config.values, names=config.names, overrides=[], command=[])
     assert result["search"]["evaluations"] == 2
     assert set(result["networks"]) == {"teacher", "alone", "distilled"}

@@ -16,6 +16,7 @@ from kdrun.errors import UserError
 from kdrun.experiment import run_experiment
 from kdrun.table.cells import layers, merge
 from kdrun.table.config import open_table
+from kdrun.validation import check
 from tests.data.test_graph import NODES, WORDS, write_npz, write_planetoid
 from tests.systems.killing import metrics_of, run_and_kill, weights
 from tests.tiny import run
@@ -158,6 +159,7 @@ def test_a_step_at_full_scale_on_stand_ins(tmp_path: Path, monkeypatch, teacher:
     words |= {word.partition("=")[0]: word for word in small}
     config = compose(list(words.values()), open_catalogue())
     assert config.values["teacher"]["layers"] == 3 and config.values["training"]["epochs"] == 500
+    assert any(line.startswith("student") for line in check(config.values, config.names))
     result = run_experiment(config.values, names=config.names, overrides=[], command=[])
     shares = result["networks"]["distilled"]["training"]["gradient_shares"]
     assert set(shares) == {"supervised", "low_frequency", "high_frequency"}

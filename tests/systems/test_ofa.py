@@ -12,6 +12,7 @@ from kdrun.catalogue import open_catalogue
 from kdrun.config import compose
 from kdrun.experiment import run_experiment
 from kdrun.models.small_cnn import SmallCNN
+from kdrun.validation import check
 from tests.systems.killing import metrics_of, run_and_kill, weights
 from tests.tiny import run
 
@@ -142,6 +143,7 @@ def test_a_step_at_full_scale_on_stand_ins(miniature, tmp_path: Path, pair: str)
     words = ("method=ofa", *STAND_INS[pair], "trainer=cpu", "trainer.progress=off", "dry=true")
     size = ("dataset.image_size=64", "dataset.resize=64", "dataset.workers=0")
     config = compose([*words, *size, f"output_dir={tmp_path}"], open_catalogue())
+    assert any(line.startswith("student") for line in check(config.values, config.names))
     result = run_experiment(config.values, names=config.names, overrides=[], command=[])
     shares = result["networks"]["distilled"]["training"]["gradient_shares"]
     assert set(shares) == {"supervised", "distillation", *EXITS}
