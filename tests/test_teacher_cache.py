@@ -29,6 +29,7 @@ from kdrun.errors import Interrupted, UserError
 from kdrun.experiment import run_experiment
 from kdrun.files import read_json
 from kdrun.forward import run_network
+from kdrun.losses.divergence import kl_divergence
 from kdrun.methods.kd import KD
 from kdrun.outputs import Batch, ModelOutput
 from kdrun.recording import Dense, Recording, TopK, array_path
@@ -200,6 +201,18 @@ def test_the_divergence_of_top_k_is_the_mass_times_what_is_lost_within_it() -> N
     rest = 1 - logits.softmax(-1).topk(4).values.sum(-1)
     entropy = -(tail.exp() * tail).sum(-1)
     torch.testing.assert_close(divergence, rest * (math.log(26) - entropy))
+
+
+def test_the_divergence_from_two_kept_classes_by_hand() -> None:
+    """The student thinks the rest equally likely, so all that is known of the rest is its mass."""
+    teacher = torch.tensor([[3.0, 1.0, 0.0, -1.0]])
+    student = torch.tensor([[1.0, 1.0, 0.0, 0.0]])
+    encoding = TopK(2, 4, torch.float32)
+    kept = encoding.decode(encoding.encode(ModelOutput(teacher)), torch.float32).logits
+    assert kl_divergence(student, teacher, t_squared=False).item() == pytest.approx(
+        0.467912, abs=1e-6
+    )
+    assert kl_divergence(student, kept, t_squared=False).item() == pytest.approx(0.461634, abs=1e-6)
 
 
 def test_top_k_of_all_classes_but_one_loses_nothing() -> None:
