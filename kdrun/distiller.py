@@ -150,9 +150,9 @@ class Distiller(LightningModule):
         del self.frozen[role], self._cast[role]
         self._stand_ins[role] = stand_in
 
-    def deployed(self, averaged: bool = True) -> nn.Module:
+    def deployed(self) -> nn.Module:
         """The student as it is evaluated and shipped; the averaged one where there is one."""
-        if averaged and self.average is not None:
+        if self.average is not None:
             return self.method.deploy(self.average.module)
         return self.method.deploy(self.networks[STUDENT])
 

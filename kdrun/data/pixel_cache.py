@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import shutil
 import tempfile
@@ -19,8 +18,6 @@ from kdrun.data.resident import Samples
 from kdrun.data.sources import ImageSource
 
 FORMAT = 1
-
-log = logging.getLogger(__name__)
 
 
 def cache_root() -> Path:
@@ -75,7 +72,7 @@ def _fill(
     folder: Path, source: ImageSource, channels: int, size: int | None, resize: int | None
 ) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    log.info("decoding %d images, once; kept in %s", len(source.target), folder.parent)
+    print(f"decoding {len(source.target):,} images, once; kept in {folder.parent}", flush=True)
     scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
         images = np.lib.format.open_memmap(
