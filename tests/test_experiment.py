@@ -298,6 +298,7 @@ def test_dry_finds_what_breaks(tmp_path: Path) -> None:
 # -- protocol --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_paper_protocol_chooses_on_the_test_set(root: Path, finished) -> None:
     result, directory = run(root, "training.epochs=2", "protocol=paper")
     assert result["protocol"] == "paper"
@@ -378,6 +379,7 @@ def test_a_checkpoint_that_cannot_be_used_is_one_line(tmp_path: Path, kind, mess
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_teacher_with_the_statistics_of_each_batch(root: Path, finished) -> None:
     words = ("training.epochs=2", "teacher=small_cnn", "student=mlp")
     result, _ = run(root, *words, "teacher.mode=batch_stats")
@@ -394,6 +396,7 @@ def test_the_best_teacher_can_be_chosen(root: Path, finished) -> None:
     assert result["artefacts"]["teacher"] == finished[0]["artefacts"]["teacher"]
 
 
+@pytest.mark.slow
 def test_a_teacher_with_training_of_its_own(tmp_path: Path) -> None:
     result, _ = run(tmp_path, "training.teacher.epochs=3", "training.teacher.batch_size=128")
     epochs = {role: e["training"]["epochs"] for role, e in result["networks"].items()}

@@ -109,6 +109,7 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 # -- the same as alone -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_members_are_the_runs_that_they_would_be_alone(tmp_path: Path, alone, forwards) -> None:
     results = finished(tmp_path, MEMBERS)
     assert len(forwards) == STEPS and sum(forwards) == 2 * digits().train_size
@@ -399,6 +400,7 @@ def test_the_order_of_the_data_has_its_own_seed(tmp_path: Path) -> None:
     assert not {"members", "members_at_once"} & identity(given).keys()
 
 
+@pytest.mark.slow
 def test_other_data_seeds_are_other_runs(tmp_path: Path) -> None:
     first, _ = run(tmp_path, "data_seed=0")
     same, _ = run(tmp_path)

@@ -28,6 +28,7 @@ def groups(monkeypatch, tmp_path):
     return found, spoilt
 
 
+@pytest.mark.slow
 def test_runs_with_a_common_order_go_together(groups):
     found, _ = groups
     words = ["method=kd,dkd", "teacher=mlp,resnet8", "seed=0,1", "data_seed=0"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from kdrun.cli import run as kdrun
 from tests.tiny import WORDS
 
@@ -52,6 +54,7 @@ rows:
 """
 
 
+@pytest.mark.slow
 def test_a_table_lists_it_and_does_the_others(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs" / "table").mkdir(parents=True)

@@ -94,6 +94,7 @@ def test_it_may_be_wanted(tmp_path: Path, word: str) -> None:
     refuse_other_data(node | {"checkpoint": str(tmp_path / "x.safetensors")}, "teacher", digits())
 
 
+@pytest.mark.slow
 def test_every_weight_file_says_what_it_was_trained_on(tmp_path: Path) -> None:
     result, directory = run(tmp_path, "teacher.allow_chance=true")
     store = tmp_path / "store" / result["artefacts"]["teacher"]

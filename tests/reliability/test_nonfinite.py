@@ -235,6 +235,7 @@ def test_irregular_steps_are_watched_too(tmp_path) -> None:
     assert all(value.isfinite().all() for value in skipping.distiller.state_dict().values())
 
 
+@pytest.mark.slow
 def test_the_options_of_every_training_name_it() -> None:
     from kdrun.catalogue import open_catalogue
     from kdrun.config import compose

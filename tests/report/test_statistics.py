@@ -161,6 +161,7 @@ def test_holm_by_hand() -> None:
     assert holm([]) == []
 
 
+@pytest.mark.slow
 def test_holm_agrees_with_statsmodels() -> None:
     multitest = pytest.importorskip("statsmodels.stats.multitest")
     for p_values in np.random.default_rng(3).uniform(size=(20, 7)).tolist():

@@ -13,6 +13,7 @@ from tests.tiny import run
 CNN = ("teacher=small_cnn", "teacher.widths=[8,16]")
 
 
+@pytest.mark.slow
 def test_a_run_says_how_far_a_cheaper_teacher_agrees_with_itself(tmp_path: Path) -> None:
     words = (*CNN, "teacher.precision=bf16", "teacher.fold=true", "trainer.channels_last=true")
     result, directory = run(tmp_path, *words)

@@ -95,6 +95,7 @@ def test_a_network_that_nobody_asked_for_is_refused_in_one_line() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_each_teacher_is_trained_once_and_shared(catalogue: Catalogue, tmp_path: Path) -> None:
     words = (*USES, *WORDS, f"output_dir={tmp_path}", "second_teacher.widths=[4,8]")
     results = {}

@@ -101,6 +101,7 @@ def eval_again(directory: Path) -> dict:
     return json.loads(path.read_text())["networks"]
 
 
+@pytest.mark.slow
 def test_clap_in_rounds(tmp_path: Path) -> None:
     words = (
         "recipe=pcoreset_clap",
@@ -118,6 +119,7 @@ def test_clap_in_rounds(tmp_path: Path) -> None:
             assert (clap["weights"] >= 0).all() and (clap["weights"] <= 1).all()
 
 
+@pytest.mark.slow
 def test_tip_adapter_as_teacher(tmp_path: Path) -> None:
     words = ("recipe=dho_tip", "dataset.shots=8", "training.teacher.epochs=20")
     changed = [word for word in SHORT if not word.startswith("training.teacher.epochs")]
@@ -228,6 +230,7 @@ def test_the_papers_settings_compose() -> None:
     assert active["training"]["epochs"] == 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [

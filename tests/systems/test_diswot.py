@@ -57,6 +57,7 @@ def test_by_itself_it_is_a_run_on_small_networks() -> None:
     assert list(config.values["recipe"]["stages"])[:2] == ["search", "teacher"]
 
 
+@pytest.mark.slow
 def test_what_is_found_is_the_student(root: Path, finished) -> None:
     result, directory = finished
     rows = history(root, result)
@@ -76,6 +77,7 @@ def test_what_is_found_is_the_student(root: Path, finished) -> None:
     assert other["artefacts"]["alone"] == result["artefacts"]["alone"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("take", ["worst", "random"])
 def test_other_candidates_share_the_search(root: Path, finished, take: str) -> None:
     result, _ = run(root, *SHORT, f"{PLACE}.take={take}")
@@ -175,6 +177,7 @@ def test_killed_in_training_and_started_again(tmp_path: Path, step: int) -> None
 # -- full scale ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe", [pytest.param("diswot_depths", marks=pytest.mark.slow), "diswot_nas_bench_201"]
 )
@@ -202,6 +205,7 @@ def test_a_step_at_full_scale_on_stand_ins(miniature, tmp_path: Path, recipe: st
     assert set(result["networks"]) == {"teacher", "alone", "distilled"}
 
 
+@pytest.mark.slow
 def test_the_published_ranking_needs_its_space(tmp_path: Path) -> None:
     words = ("recipe=diswot_depths", "student=resnet8_half", "teacher=resnet20_half")
     words += ("method=diswot", "dataset=digits", f"{PLACE}.space={{blocks:[[1,2],[1,2],[1,2]]}}")

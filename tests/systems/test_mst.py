@@ -137,6 +137,7 @@ def test_each_phase_trains_its_part_and_nothing_else(
     assert "KL masked" in said and "aux_teacher_2" in said
 
 
+@pytest.mark.slow
 def test_every_mask_is_trained_as_by_an_optimiser_of_its_own(
     tmp_path: Path, words: tuple[str, ...], watched: Watched
 ) -> None:
@@ -164,6 +165,7 @@ def test_every_mask_is_trained_as_by_an_optimiser_of_its_own(
             assert torch.allclose(found[f"masks.{name}.{key}"], value, atol=1e-6), key
 
 
+@pytest.mark.slow
 def test_runs_that_route_otherwise_share_the_first_phases(
     tmp_path: Path, words: tuple[str, ...]
 ) -> None:
@@ -295,6 +297,7 @@ def test_the_papers_recipe_is_valid(av_mnist) -> None:
     assert "aux_teacher" in lines and "avmnist_fusion" in lines
 
 
+@pytest.mark.slow
 def test_a_step_at_full_scale_on_stand_ins(av_mnist) -> None:
     config = av_mnist(*STAND_INS, "dry=true")
     result = run_experiment(config.values, names=config.names, overrides=[], command=[])

@@ -59,6 +59,7 @@ def test_what_the_small_run_shows(tmp_path: Path) -> None:
     assert networks["distilled"]["parameters"] == count < networks["exit4"]["parameters"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "exits"),
     [
@@ -136,6 +137,7 @@ STAND_INS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", STAND_INS)
 def test_a_step_at_full_scale_on_stand_ins(miniature, tmp_path: Path, pair: str) -> None:
     """The recipe of the paper on smaller images and networks, one step of every stage."""

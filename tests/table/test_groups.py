@@ -47,6 +47,7 @@ def alone(words: list[str]) -> None:
     raise AssertionError(f"{words} was run by itself")
 
 
+@pytest.mark.slow
 def test_runs_of_a_group_are_claimed_together(cells: list[Cell], view: Recorder) -> None:
     groups = Groups()
     work(cells, alone, view, began=time.time(), run_group=groups)
@@ -60,6 +61,7 @@ def test_runs_of_a_group_are_claimed_together(cells: list[Cell], view: Recorder)
     assert len([event for event, _ in view.events if event == "finished"]) == len(cells)
 
 
+@pytest.mark.slow
 def test_runs_of_other_processes_are_left_to_them(cells: list[Cell], view: Recorder) -> None:
     groups = Groups()
     with claim(cells[1]):
@@ -68,6 +70,7 @@ def test_runs_of_other_processes_are_left_to_them(cells: list[Cell], view: Recor
     assert cells[1] not in [cell for group in groups.done for cell in group]
 
 
+@pytest.mark.slow
 def test_each_failure_is_recorded_where_it_belongs(cells: list[Cell], view: Recorder) -> None:
     work(cells, alone, view, began=time.time(), run_group=Groups({1: UserError("no")}))
     failed = Board(cells).of(State.FAILED)

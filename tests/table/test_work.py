@@ -80,6 +80,7 @@ def test_nothing_that_a_run_raises_ends_the_table(
     assert ("Traceback" in text) != isinstance(error, UserError)
 
 
+@pytest.mark.slow
 def test_failed_runs_are_tried_again_by_the_next_command(
     cells: list[Cell], runs: Run, view: Recorder
 ) -> None:
@@ -91,6 +92,7 @@ def test_failed_runs_are_tried_again_by_the_next_command(
     assert not (cells[0].directory / "error.txt").exists()
 
 
+@pytest.mark.slow
 def test_what_failed_elsewhere_meanwhile_is_not_tried(
     cells: list[Cell], runs: Run, view: Recorder
 ) -> None:
@@ -165,6 +167,7 @@ WORKER = """
 """
 
 
+@pytest.mark.slow
 def test_three_processes_one_killed_every_run_done_exactly_once(tmp_path: Path) -> None:
     script = tmp_path / "worker.py"
     script.write_text(textwrap.dedent(WORKER).format(tests=str(Path(__file__).parent)))
