@@ -129,6 +129,8 @@ def _values(parsed: Parsed, key: str, catalogue: Catalogue) -> tuple[list[str], 
 
     value = parsed.value()
     if isinstance(value, IntervalSweep):
+        if not value.start < value.end:
+            raise UserError(f"{parsed.input_line}: an interval goes from a number to a larger one")
         return [repr(value.start), repr(value.end)], True
     if isinstance(parsed._value, Glob):
         if not is_group(key):
@@ -137,7 +139,10 @@ def _values(parsed: Parsed, key: str, catalogue: Catalogue) -> tuple[list[str], 
         if not chosen:
             raise UserError(f"{parsed.input_line}: matches no {key}")
         return chosen, False
-    return list(parsed.sweep_string_iterator()), False
+    found = list(parsed.sweep_string_iterator())
+    if not found:
+        raise UserError(f"{parsed.input_line}: holds no value")
+    return found, False
 
 
 def network_choice(name: str, choices: Sequence[str]) -> tuple[str, dict[str, str]]:

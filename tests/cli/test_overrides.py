@@ -66,6 +66,10 @@ def test_reads_sweeps(catalogue, word, values, interval):
         ("training={epochs: 3}", "names one of the training configs"),
         ("seed=glob(*)", "configs of a group"),
         ("method=glob(zzz*)", "matches no method"),
+        ("training.optimizer.lr=interval(0.1,0.01)", "from a number to a larger one"),
+        ("training.optimizer.lr=interval(0.1,0.1)", "from a number to a larger one"),
+        ("training.optimizer.lr=interval(nan,0.1)", "from a number to a larger one"),
+        ("seed=range(3,1)", "holds no value"),
     ],
 )
 def test_refuses_in_one_line(catalogue, word, said):
