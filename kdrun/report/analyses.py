@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from kdrun.errors import UserError
-from kdrun.report.formats import aligned
+from kdrun.report.alignment import aligned
 from kdrun.report.results import Entry, Results
 from kdrun.report.statistics import Test, bootstrap, correlation, holm, paired
 

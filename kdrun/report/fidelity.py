@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdrun.errors import UserError
-from kdrun.report.formats import aligned
+from kdrun.report.alignment import aligned
 from kdrun.report.results import Results
 from kdrun.report.statistics import Test, anova, correlation, holm, mean_and_std, one_sample
 

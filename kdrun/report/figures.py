@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -61,6 +62,9 @@ STYLE = {
 
 RARE = 0.01
 """A bin of the reliability diagram with a smaller share of the samples is not drawn."""
+
+LABEL, TITLE = 26, 52
+"""Characters in a line of a label beside the axes, and of a title or in a legend."""
 
 EARLY = 0.2
 """This share of the epochs may lie outside a figure of curves, so that the rest can be seen."""
@@ -120,7 +124,8 @@ def curves(title: str, lines: Sequence[Line], y: str) -> str:
 def comparison(title: str, points: Sequence[Point], x: str) -> str:
     """Rows with their deviations, and published numbers beside them."""
     with styled():
-        figure, axes = blank_figure(0.9 + 0.24 * len(points))
+        labels = [wrapped(point.label, LABEL) for point in points]
+        figure, axes = blank_figure(0.9 + 0.1 * len(points) + 0.165 * _lines(labels))
         places = np.arange(len(points))[::-1]
         for place, point in zip(places, points, strict=True):
             colour = SERIES[1] if point.reference else SERIES[0]
@@ -132,7 +137,7 @@ def comparison(title: str, points: Sequence[Point], x: str) -> str:
         for point in points:
             if point.reference and point.mean is not None:
                 axes.axvline(point.mean, color=SERIES[1], linewidth=0.8, linestyle=":")
-        axes.set_yticks(places, [point.label for point in points])
+        axes.set_yticks(places, labels)
         axes.set_ylim(-0.7, len(points) - 0.3)
         axes.set(title=title, xlabel=x)
         axes.grid(axis="y", visible=False)
@@ -167,13 +172,21 @@ def heatmap(
     """Percentages from ``low`` on as colours, and as numbers where there is room."""
     with styled():
         size = len(labels)
-        figure, axes = blank_figure(4.4 if size > 6 else 3.4)
+        rows = list(labels)
+        long = max(map(len, labels), default=0) > 2
+        if long:
+            # Columns are told by the number of the row of the same name.
+            named = enumerate(labels, start=1)
+            rows = [wrapped(f"{number}: {label}", LABEL - 2) for number, label in named]
+            labels = [str(number) for number in range(1, size + 1)]
+        figure, axes = blank_figure(
+            max(4.4 if size > 6 else 3.4, 0.6 + 0.08 * size + 0.165 * _lines(rows))
+        )
         axes.imshow(matrix, cmap="viridis", vmin=low, vmax=100)
         axes.grid(visible=False)
         shown = range(size) if size <= 25 else range(0, size, -(-size // 20))
-        turned = 90 if max(map(len, labels), default=0) > 2 else 0
-        axes.set_xticks(list(shown), [labels[i] for i in shown], rotation=turned)
-        axes.set_yticks(list(shown), [labels[i] for i in shown])
+        axes.set_xticks(list(shown), [labels[i] for i in shown])
+        axes.set_yticks(list(shown), [rows[i] for i in shown])
         axes.set(title=title, xlabel=x, ylabel=y)
         if size <= 12:
             for i in range(size):
@@ -258,6 +271,8 @@ def blank_figure(height: float) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    # The page's font may be wider than the one that is measured here.
+    figure.get_layout_engine().set(w_pad=0.12)
     return figure, figure.add_subplot()
 
 
@@ -298,11 +313,25 @@ def legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if labels:
         columns = 2 if max(map(len, labels)) < 22 else 1
-        figure.legend(handles, labels, loc="outside lower left", ncols=columns)
+        shown = [wrapped(label, TITLE) for label in labels]
+        figure.set_figheight(figure.get_figheight() + 0.14 * (_lines(shown) - len(shown)))
+        figure.legend(handles, shown, loc="outside lower left", ncols=columns)
+
+
+def wrapped(label: str, width: int) -> str:
+    """A label in lines of at most so many characters; nothing of it is left out."""
+    lines = textwrap.wrap(label, width, break_on_hyphens=False)
+    return "\n".join(lines) or label
+
+
+def _lines(labels: Sequence[str]) -> int:
+    return sum(label.count("\n") + 1 for label in labels)
 
 
 def svg_of(figure: Figure, description: str) -> str:
     """The drawing as an ``<svg>`` element for a page."""
+    for axes in figure.axes:
+        axes.set_title(wrapped(axes.get_title(loc="left"), TITLE))
     stream = io.StringIO()
     figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
     text = stream.getvalue()

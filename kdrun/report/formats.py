@@ -10,6 +10,7 @@ from typing import Any
 
 from kdrun.clock import clock
 from kdrun.files import json_text
+from kdrun.report.alignment import aligned
 from kdrun.report.results import NOT_RUN, Entry, Results
 from kdrun.report.runs import Run
 
@@ -319,18 +320,6 @@ def _records(results: Results) -> list[dict[str, Any]]:
 # -- spelling --------------------------------------------------------------------------------------
 
 
-def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Rows as aligned columns: the first ``left`` of them to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
-
-
 def _markdown_rows(rows: Sequence[Sequence[str]], align: str) -> list[str]:
     rule = ["---:" if align[i] == "r" else "---" for i in range(len(rows[0]))]
     return [f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:])]
@@ -343,7 +332,7 @@ def _latex_rows(rows: Sequence[Sequence[str]], align: str) -> list[str]:
 
 
 def _markdown(cell: str) -> str:
-    return "".join(f"\\{letter}" if letter in "|<*`" else letter for letter in cell)
+    return "".join(f"\\{letter}" if letter in "\\|<*`" else letter for letter in cell)
 
 
 LATEX = {

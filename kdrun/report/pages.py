@@ -39,7 +39,7 @@ def table_page(results: Results, place: Path) -> str:
     runs = list({run.directory: run for e in results.entries for run in e.runs}.values())
     sections = [("Overview", "overview"), ("Details", "details")]
     sections += [(TITLES[name], name) for name, found in figures.items() if found]
-    heads, details = _without_empty_columns(
+    heads, details = without_empty_columns(
         HEADS,
         [_detail(results.cells[row, column]) for column in results.columns for row in results.rows],
     )
@@ -169,10 +169,10 @@ def _detail(entry: Entry) -> dict[str, Any]:
     }
 
 
-def _without_empty_columns(
+def without_empty_columns(
     heads: Sequence[str], lines: list[dict[str, Any]]
 ) -> tuple[list[str], list[dict[str, Any]]]:
-    """Columns of the details in which something stands."""
+    """The columns of a table in which something stands."""
     used = [i for i in range(len(heads)) if any(line["cells"][i].text for line in lines)]
     shown = [line | {"cells": [line["cells"][i] for i in used]} for line in lines]
     return [heads[i] for i in used], shown
@@ -260,7 +260,7 @@ def provenance(runs: Iterable[Run]) -> list[tuple[str, str]]:
         note("started", environment.get("time"))
         seconds += run.seconds
     lines = [(name, _listed(values)) for name, values in found.items()]
-    return [*lines, ("wall time", clock(seconds))]
+    return [*lines, ("wall time", clock(seconds))] if seconds else lines
 
 
 SHOWN = ("kdrun", "torch", "lightning", "numpy")

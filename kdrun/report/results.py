@@ -12,8 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from kdrun.errors import UserError
-from kdrun.names import listing
-from kdrun.report.runs import Run, by_configuration, labels
+from kdrun.report.runs import Run, by_configuration, labels, natural
 from kdrun.report.statistics import Test, holm, mean_and_std, paired
 
 MISSING, FAILED, NOT_RUN, SEVERAL = "missing", "failed", "not run", "several"
@@ -211,12 +210,16 @@ def results_of_runs(
     """
     groups = list(by_configuration(runs).values())
     places = labels(groups)
-    rows = list(dict.fromkeys(row for row, _ in places))
+    methods = list(dict.fromkeys(group[0].names["method"] for group in groups))
+    method_of = {
+        row: group[0].names["method"] for (row, _), group in zip(places, groups, strict=True)
+    }
+    rows = sorted(method_of, key=lambda row: (methods.index(method_of[row]), natural(row)))
     columns = list(dict.fromkeys(column for _, column in places))
     if baseline is None:
         baseline = "kd" if "kd" in rows else ""
     elif baseline not in (*REFERENCES, *rows):
-        known = listing([*REFERENCES, *rows])
+        known = ", ".join([*REFERENCES, *rows])
         raise UserError(f"baseline={baseline}: no such row (rows: {known})")
     if direction is None and metric not in (None, *(run.metric for run in runs)):
         raise UserError(
@@ -264,11 +267,15 @@ def _shared(groups: Iterable[Sequence[Run]], network: str) -> list[Run] | None:
 
     None where they do not share it: their teachers, or their students alone, were trained
     differently, and no single number stands for them. Networks that were trained along with the
-    student are not shared, and are left out.
+    student are not shared, and are left out where there are others.
     """
+    groups = [[run for run in group if network in run.networks] for group in groups]
+    shared = [[run for run in group if not run.trained_along(network)] for group in groups]
+    if not any(shared):
+        own = list(filter(None, groups))
+        return None if len(own) > 1 else [run for group in own for run in group]
     of_seed: dict[int, Run] = {}
-    runs = [run for group in groups for run in group if network in run.networks]
-    for run in (run for run in runs if not run.trained_along(network)):
+    for run in (run for group in shared for run in group):
         other = of_seed.setdefault(run.seed, run)
         if run.artefacts.get(network) != other.artefacts.get(network):
             return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 
 from kdrun.errors import UserError
 from kdrun.files import parse_json
+from kdrun.identity import NOT_COMPUTING, NOT_IDENTITY
 
 RESULT = "result.json"
 NOT_RUNS = ("store", "tables", "sweeps")
@@ -191,7 +193,17 @@ def labels(groups: Sequence[Sequence[Run]]) -> list[tuple[str, str]]:
     return list(zip(rows, columns, strict=True))
 
 
-NOT_TOLD = ("method", "dataset", "teacher", "student", "seed", "output_dir", "rerun", "logger")
+def natural(text: str) -> list[tuple[float, str]]:
+    """A key that sorts 8 before 16, inside of words too."""
+    parts = re.split(r"(\d+(?:\.\d+)?)", text)
+    return [(float(part), "") if i % 2 else (0.0, part) for i, part in enumerate(parts)]
+
+
+NOT_TOLD = (
+    *("method", "dataset", "teacher", "student"),
+    *NOT_IDENTITY,
+    *(f"trainer.{option}" for option in NOT_COMPUTING),
+)
 """Overrides that a row's label never tells: they stand elsewhere, or change no result."""
 
 

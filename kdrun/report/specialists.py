@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from kdrun.report.alignment import aligned
+
 COLUMNS = ("", "layer", "KL plain", "KL masked", "mask std", "routed first", "routed last")
 VALUES = ("plain_kl", "kl", "spread")
 """The entries of ``result.json`` in the columns of numbers."""
@@ -21,16 +23,8 @@ def specialists_table(specialists: Mapping[str, Mapping[str, Any]]) -> str:
         numbers = [f"{entry[what]:.3f}" if what in entry else "" for what in VALUES]
         shares = [f"{100 * entry['share'][epoch]:.1f}%" for epoch in ("first", "last")]
         rows.append([name, entry.get("layer", ""), *numbers, *shares])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
     note = (
         "(KL to the student on validation, without and with the mask; standard deviation of the "
         "mask over channels; share of samples routed there in the first and last epoch)"
     )
-    return "\n".join([*lines, note])
+    return f"{aligned(rows, left=2)}\n{note}"

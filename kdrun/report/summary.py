@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kdrun.clock import clock
+from kdrun.report.alignment import aligned
 
 COLUMNS = ("", "network", "parameters", "test", "ece", "agreement", "kl", "trained in")
 
@@ -72,14 +73,7 @@ def networks_table(metric: str, networks: Mapping[str, Any]) -> str:
                     clock(seconds) if seconds and first else "",
                 ]
             )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+    return aligned(rows, left=2)
 
 
 def _number(value: float | None, digits: int) -> str:

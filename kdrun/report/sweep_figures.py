@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,6 +16,7 @@ from kdrun.report.figures import (
     styled,
     svg_of,
 )
+from kdrun.report.runs import natural
 
 DONE, PRUNED, BEST = SERIES[0], SERIES[1], SERIES[2]
 """Colours of runs that ended, that were given up, and of the best."""
@@ -67,7 +67,7 @@ def option_effect(
     """
     numbers = [as_number(text) for text in given]
     results, given_up = np.array(values), np.array(pruned, dtype=bool)
-    labels = sorted(set(given), key=_natural)
+    labels = sorted(set(given), key=natural)
     if None in numbers and len(labels) > MOST_LABELS:
         return None
     with styled():
@@ -144,12 +144,6 @@ def all_curves(
         axes.xaxis.get_major_locator().set_params(integer=True)
         legend(figure, axes)
         return svg_of(figure, f"{y} of every run over epochs")
-
-
-def _natural(text: str) -> list[tuple[float, str]]:
-    """A key that sorts 8 before 16, inside of words too."""
-    parts = re.split(r"(\d+(?:\.\d+)?)", text)
-    return [(float(part), "") if i % 2 else (0.0, part) for i, part in enumerate(parts)]
 
 
 def as_number(text: str) -> float | None:

@@ -12,7 +12,7 @@ from kdrun.report import formats, sweep_figures
 from kdrun.report.details import read_curves
 from kdrun.report.drawings import PREFIX, Drawing
 from kdrun.report.html import Card, Cell, number, render, sort_key
-from kdrun.report.pages import provenance
+from kdrun.report.pages import provenance, without_empty_columns
 from kdrun.report.sweeps import (
     BEST,
     Trial,
@@ -56,6 +56,11 @@ def sweep_page(directory: Path, trials: Sequence[Trial]) -> str:
     sections += [("Failed", "failed")] if failed else []
     protocols = dict.fromkeys(run.protocol for run in runs)
     better = "larger" if direction == "max" else "smaller"
+    front = pareto(done, direction)
+    heads, rows = without_empty_columns(
+        ["run", "state", *varied, metric, "test", "parameters", "took", "remark"],
+        [_row(trial, varied, front) for trial in trials],
+    )
     return render(
         "sweep.html",
         title=directory.resolve().name,
@@ -69,8 +74,8 @@ def sweep_page(directory: Path, trials: Sequence[Trial]) -> str:
         sections=[*sections, ("Provenance", "provenance")],
         cards=_cards(trials, in_order, varied),
         best=[_command(trial) for trial in in_order[:BEST]],
-        heads=["run", "state", *varied, metric, "test", "parameters", "took", "remark"],
-        rows=[_row(trial, varied, pareto(done, direction)) for trial in trials],
+        heads=heads,
+        rows=rows,
         states=list(dict.fromkeys(trial.status for trial in trials)),
         effects=_effects(done, varied),
         drawings=figures,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdrun.clock import clock
-from kdrun.report.formats import aligned
+from kdrun.report.alignment import aligned
 from kdrun.report.runs import Run
 from kdrun.report.statistics import Test, correlation
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kdrun.errors import UserError
-from kdrun.report.formats import aligned
+from kdrun.report.alignment import aligned
 from kdrun.report.results import Results
 from kdrun.report.statistics import factorial_anova
 

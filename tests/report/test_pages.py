@@ -21,6 +21,7 @@ from kdrun.report.runs import Run
 from .conftest import write_run
 
 pytest.importorskip("matplotlib")
+from kdrun.report import drawings  # noqa: E402
 from kdrun.report.pages import run_page, table_page  # noqa: E402
 
 NASTY = "<script>alert(1)</script>&\"'$x_1$"
@@ -128,6 +129,18 @@ def test_drawings_take_their_colours_from_the_page(runs: list[Run], tmp_path: Pa
 def test_the_same_results_give_the_same_page(runs: list[Run], tmp_path: Path) -> None:
     results = results_of_runs(runs, title="t")
     assert table_page(results, tmp_path) == table_page(results, tmp_path)
+
+
+@pytest.mark.filterwarnings("error")
+def test_long_labels_are_whole_in_every_drawing(runs: list[Run], tmp_path: Path) -> None:
+    words = "dataset.scale=standard method.divergence=forward method.teacher_weight=0.25"
+    long = [write_run(tmp_path / "long", "bdkd", 0, 90.0, words=words, key="2")]
+    long.append(write_run(tmp_path / "long", "bdkd", 0, 91.0, words="dataset.scale=none", key="3"))
+    results = results_of_runs([with_records(run, 0) for run in long], title="t")
+    drawn = drawings.of_results(results)
+    for section in ("comparison", "curves", "calibration", "agreement"):
+        text = re.sub(r"<[^>]*>|\s", "", drawn[section][0].svg)  # however it is broken into lines
+        assert words.replace(" ", "") in text, section
 
 
 def test_runs_without_records_still_have_a_page(tmp_path: Path) -> None:

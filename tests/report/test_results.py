@@ -62,11 +62,20 @@ def test_a_teacher_that_learns_along_counts_in_every_run(tmp_path: Path) -> None
         (run.directory / "teacher.safetensors").touch()
     entry = replace(results_of_runs(own, title="t").entries[0], values={}, runs=())
     assert measured(entry, own, "last").n == 2
+    assert results_of_runs(own, title="t").entries[0].n == 2
     # It is no reference of the others, whose teacher stays as it was.
     results = results_of_runs([*own, *runs], title="t")
     [column] = results.columns
     shown = results.cells["teacher", column]
     assert (shown.n, shown.runs[0].names["method"]) == (1, "kd")
+
+
+def test_rows_of_a_method_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    for key, value in zip("abc", (16, 2, 8), strict=True):
+        write_run(tmp_path, words=f"method.temperature={value} trainer.progress=off", key=key)
+    runs = read_runs(find_runs([tmp_path]))
+    rows = [f"kd method.temperature={value}" for value in (2, 8, 16)]
+    assert list(results_of_runs(runs, title="t").rows)[2:] == rows
 
 
 def test_a_result_that_is_no_number_is_never_the_best(tmp_path: Path) -> None:
