@@ -16,6 +16,7 @@ def sample(
     num_classes: int,
     temperature: float = 1.0,
     end_token: int | None = None,
+    length: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Continue prompts by tokens drawn from the network's own distribution.
 
@@ -31,6 +32,8 @@ def sample(
         num_classes: only the first so many ids are drawn.
         temperature: of the distribution drawn from.
         end_token: nothing counts after it; None: every row goes on to the end.
+        length: tokens of a row that are wanted; the network need not have positions for more, and
+            what is drawn beyond means nothing. None: all of them.
 
     Returns:
         ``(B, P + new_tokens)`` prompts with what follows each, filled up on the right, and of the
@@ -40,7 +43,7 @@ def sample(
     network.eval()
     try:
         drawn, counted = _draw(
-            network, tokens, lengths, new_tokens, num_classes, temperature, end_token
+            network, tokens, lengths, new_tokens, num_classes, temperature, end_token, length
         )
     finally:
         network.train(was_training)
@@ -59,6 +62,7 @@ def _draw(
     num_classes: int,
     temperature: float,
     end_token: int | None,
+    length: int | None,
 ) -> tuple[Tensor, Tensor]:
     """The continuations ``(B, new_tokens)``, and which of their tokens count."""
     size = tokens.shape[1]
@@ -86,6 +90,8 @@ def _draw(
             finished = finished | (inputs[:, 0] == end_token)
         attention = torch.cat([attention, torch.ones_like(attention[:, :1])], dim=1)
         positions = positions[:, -1:] + 1
+        if length is not None:  # The last token that is wanted follows on the one before it.
+            positions = positions.clamp(max=length - 2)
     return torch.cat(drawn, dim=1), torch.cat(counted, dim=1)
 
 

@@ -12,7 +12,8 @@ the sampling, dropout is off in it, and its temperature is not used in the loss.
 after the end token, which itself does. ImitKD (Lin et al., EMNLP 2020) is ``on_policy=1
 divergence=forward_kl``. Every sample is learned from once; the scripts of DistiLLM, whose GKD has
 beta 0.1, draw from a buffer of the last 1,000 instead. The student is given what comes before the
-first token that counts, or the first ``prompt_tokens`` where all of a row counts.
+first token that counts, or the first ``prompt_tokens`` where all of a row counts. What it writes
+beyond the positions of the networks is cut.
 
 One draw decides for a whole batch; draws and samples come from the random state that checkpoints
 carry, so a continued run goes on with the same text. ``gkd_on_policy`` is the share of batches that
@@ -88,8 +89,12 @@ class GKD(Divergence):
             ValueError: a network cannot read the shortest of what will be written.
         """
         size = min(self.prompt_tokens, sample.shape[1]) + self.new_tokens
-        for network in (student, *teachers.values()) if self.on_policy else ():
+        networks = (student, *teachers.values())
+        for network in networks if self.on_policy else ():
             _refuse_shorter(network, sample.new_zeros(1, size))
+        rooms = [room for room in map(_positions, networks) if room is not None]
+        # The last token that is written is predicted, not read.
+        self._longest = min(rooms) + 1 if rooms else None
         # In a plain tuple: as an attribute it would become part of this module and its checkpoints.
         self._writer = (student,)
         return student
@@ -123,8 +128,15 @@ class GKD(Divergence):
             num_classes=self.num_classes,
             temperature=self.sampling_temperature,
             end_token=self.end_token,
+            length=self._longest,
         )
-        return next_token_batch(tokens, counted, batch.index)
+        kept = slice(self._longest)
+        return next_token_batch(tokens[:, kept], counted[:, kept], batch.index)
+
+
+def _positions(network: nn.Module) -> int | None:
+    """Tokens that a network has positions for, where the configuration of transformers says so."""
+    return getattr(getattr(network, "config", None), "max_position_embeddings", None)
 
 
 @torch.no_grad()

@@ -136,6 +136,7 @@ class GenerateText(Stage):
                 num_classes=data.num_classes,
                 temperature=self.temperature,
                 end_token=data.tokenizer.end,
+                length=size,
             )
             made[number] = tokens[:, :size].int().cpu(), counted[:, :size].cpu()
             if len(made) % SAY_EVERY == 0:

@@ -42,6 +42,26 @@ def test_the_cache_changes_nothing(kind: str) -> None:
         assert counted[row].tolist() == [False] * length + [True] * 6 + [False] * (4 - length)
 
 
+def test_a_network_has_positions_for_what_is_wanted_only() -> None:
+    """Rows of 5 tokens, four of which are read; the longer prompt is full before the other."""
+    wide, narrow = (
+        hf_lm(
+            num_classes=WORDS,
+            input_shape=[4],
+            options={"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 2}
+            | {"n_positions": room},
+        )
+        for room in (16, 4)
+    )
+    positions = "transformer.wpe.weight"
+    state = wide.state_dict()
+    narrow.load_state_dict(state | {positions: state[positions][:4]})
+    prompts, lengths = [[1, 2, 3, 4], [5, 0, 0, 0]], [4, 1]
+    expected, _ = draw(wide, prompts, lengths, new_tokens=4)
+    found, _ = draw(narrow, prompts, lengths, new_tokens=4, length=5)
+    assert torch.equal(found[:, :5], expected[:, :5])
+
+
 def test_the_same_random_state_gives_the_same_text() -> None:
     net = network("llama")
     first, second = (draw(net, [[1, 2]] * 8, [2] * 8)[0] for _ in range(2))

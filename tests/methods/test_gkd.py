@@ -89,6 +89,21 @@ def test_networks_must_have_room_for_what_is_written() -> None:
     GKD(new_tokens=5, prompt_tokens=2, on_policy=0.0).wrap(writer(), {"teacher": short}, tokens)
 
 
+def test_what_long_prompts_leave_no_room_for_is_cut() -> None:
+    options = {"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 6}
+    torch.manual_seed(0)
+    network = hf_lm(num_classes=WORDS, input_shape=[6], options=options)
+    method, batch = GKD(new_tokens=3, prompt_tokens=2, on_policy=1.0), text()
+    method.wrap(network, {}, batch.inputs[:2])
+    method.setup(ModelOutput(torch.zeros(2, 6, WORDS)), {})
+    # Prompts of 5 and of 2 tokens, in rows of 6.
+    batch.mask = torch.arange(6).expand(4, 6) >= torch.tensor([4, 1, 1, 4])[:, None]
+    written = method.augment(batch)
+    assert network(written.inputs).logits.shape == (4, 6, WORDS)
+    assert written.mask.sum(1).tolist() == [2, 3, 3, 2]
+    assert torch.equal(written.inputs[0, :5], batch.inputs[0, :5])
+
+
 def test_imitation_is_forward_kl_on_what_the_student_wrote() -> None:
     method, network = ready(on_policy=1.0, divergence="forward_kl")
     batch = method.augment(text())
