@@ -31,7 +31,7 @@ from kdrun.files import read_json
 from kdrun.forward import run_network
 from kdrun.losses.divergence import kl_divergence
 from kdrun.methods.kd import KD
-from kdrun.outputs import Batch, ModelOutput
+from kdrun.outputs import Batch, HeadLogits, ModelOutput
 from kdrun.recording import Dense, Recording, TopK, array_path
 from kdrun.stages import record as record_module
 from kdrun.stages.recorded import refuse_unrecordable
@@ -370,9 +370,19 @@ def test_outputs_of_another_transform_are_found_by_running_the_teacher(root) -> 
         ),
     ],
 )
-def test_what_cannot_be_recorded_is_refused(root, words, said) -> None:
+def test_what_cannot_be_recorded_is_refused(tmp_path, words, said) -> None:
     with pytest.raises(UserError, match=said):
-        cached(root, *words)
+        cached(tmp_path, *words)
+    # Before the teacher is trained.
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("encoding", [Dense(torch.float32), TopK(2, 4, torch.float32)])
+def test_logits_that_were_not_computed_are_recorded_all_the_same(encoding) -> None:
+    lazy = HeadLogits(torch.randn(2, 3, 5), torch.randn(4, 5), None, chunk=2)
+    of_lazy, of_dense = (encoding.encode(ModelOutput(x)) for x in (lazy, lazy.dense()))
+    assert of_lazy.keys() == of_dense.keys()
+    assert all(torch.equal(of_lazy[name], of_dense[name]) for name in of_dense)
 
 
 def test_a_recipe_that_does_not_record_is_refused(root) -> None:

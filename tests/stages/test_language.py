@@ -145,6 +145,7 @@ def test_instruction_tuning_of_the_paper_in_miniature(tmp_path: Path) -> None:
         *("teacher.name=null", "teacher.pretrained=false", f"teacher.options={PHI3}{HEADS}"),
         *("student.name=null", "student.pretrained=false", f"student.options={LLAMA}{HEADS}"),
     ]
+    assert kdrun(["validate", *words]) == 0
     assert kdrun(words) == 0
 
 
@@ -166,13 +167,27 @@ def test_instruction_tuning_of_the_paper_in_miniature(tmp_path: Path) -> None:
         (("method=kd", "task.chunk=4"), "KD reads all logits at once; set task.chunk=null"),
         (("task=classification",), "this data set is for language_modelling"),
         (("method=sinkhorn", "method.points=label_words"), "nothing marks where responses begin"),
+        (
+            ("method=sinkhorn", "method.points=label_words", "method.label_words=[5,300]"),
+            "nothing marks where responses begin",
+        ),
+        (
+            ("method=sinkhorn", "method.points=tokens", "method.label_words=[5,300]"),
+            "label_words: 300 is no token, the vocabulary has 257",
+        ),
+        (("method=gkd", "method.end_token=300"), "end_token=300: the vocabulary has 257 tokens"),
+        (("method=gkd", "student.options.n_positions=100"), "cannot read the 144 tokens that"),
+        (("method=gkd", "teacher.cache=logits"), "GKD changes the batches that its teacher sees"),
     ],
 )
-def test_what_cannot_be_run_is_one_line(tmp_path: Path, words, capsys, changes, line) -> None:
+def test_what_cannot_be_run_is_one_line_before_training(
+    tmp_path: Path, words, capsys, changes, line
+) -> None:
     chosen = {word.partition("=")[0]: word for word in (*WORDS, *words, *changes)}
     assert kdrun([*chosen.values(), f"output_dir={tmp_path / 'out'}"]) == 2
     error = capsys.readouterr().err
     assert line in error and error.count("\n") == 1, error
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 @pytest.mark.parametrize(
