@@ -5,6 +5,7 @@ Reads YAML as text, so that ``ls``, ``show`` and completion need neither Hydra n
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import functools
 import sys
@@ -215,7 +216,7 @@ class Entry:
 
 def description(path: Path) -> str:
     """The first comment line of a config."""
-    with path.open(encoding="utf-8") as file:
+    with _told_if_unreadable(path), path.open(encoding="utf-8") as file:
         for line in file:
             if line.startswith("#") and not line.startswith("# @package"):
                 return line.lstrip("# ").strip()
@@ -233,9 +234,10 @@ def entries(path: Path) -> Iterator[Entry]:
     """The leaves of a config with their dotted keys, values as written, and comments."""
     import yaml
 
-    text = path.read_text(encoding="utf-8")
+    with _told_if_unreadable(path):
+        text = path.read_text(encoding="utf-8")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
     lines = text.splitlines()
-    root = yaml.compose(text, Loader=yaml.SafeLoader)
     if isinstance(root, yaml.MappingNode):
         yield from _leaves(root, "", text, lines)
 
@@ -271,11 +273,26 @@ def _comment_above(line: int, lines: list[str]) -> str:
 
 
 def load_yaml(path: Path) -> Any:
-    """The content of a YAML file as plain values."""
+    """The content of a YAML file as plain values.
+
+    Raises:
+        UserError: it is no YAML.
+    """
     import yaml
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    return yaml.load(path.read_text(encoding="utf-8"), loader)
+    with _told_if_unreadable(path):
+        return yaml.load(path.read_text(encoding="utf-8"), loader)
+
+
+@contextlib.contextmanager
+def _told_if_unreadable(path: Path) -> Iterator[None]:
+    import yaml
+
+    try:
+        yield
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
 
 
 def matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:

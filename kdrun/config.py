@@ -21,7 +21,7 @@ from kdrun.catalogue import (
 )
 from kdrun.checks import check, unknown_option
 from kdrun.constraints import conflicts
-from kdrun.errors import ConfigErrors
+from kdrun.errors import ConfigErrors, UserError
 from kdrun.overrides import Override, network_choice, parse, typed_packages
 from kdrun.parameters import complaint
 from kdrun.targets import KEY, signature_of
@@ -139,6 +139,19 @@ def _changed_choices(
     ]
 
 
+def _refuse_what_is_no_yaml(
+    choices: tuple[tuple[str, str], ...], directories: tuple[Path, ...]
+) -> None:
+    for group, name in choices:
+        folder = "model" if is_network(group) else group
+        for path in (directory / folder / f"{name}.yaml" for directory in directories):
+            try:
+                if path.is_file():
+                    load_yaml(path)
+            except UserError as error:
+                raise ConfigErrors([str(error)]) from error
+
+
 @functools.lru_cache(maxsize=64)
 def _base(
     choices: tuple[tuple[str, str], ...], directories: tuple[Path, ...]
@@ -157,6 +170,7 @@ def _base(
             tree = hydra_compose("config", words, return_hydra_config=True)
         except Exception as error:
             # Hydra's own errors, and whatever else it comes to with files that are no configs.
+            _refuse_what_is_no_yaml(choices, directories)
             message = " ".join(str(error.__cause__ or error).split())
             unknown = [group for group, _ in choices if f"'model@{group}'" in message]
             if unknown:

@@ -135,14 +135,8 @@ def read_config(run: Path) -> dict[str, Any]:
     Raises:
         UserError: it is damaged.
     """
-    import yaml
-
     path = run / CONFIG
-    try:
-        config = load_yaml(path)
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is damaged: {' '.join(str(error).split())}") from error
-    return _mapping(config, path)
+    return _mapping(load_yaml(path), path)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import pytest
 
 from kdrun.browse import KINDS, columns, cp, ls, show
 from kdrun.catalogue import description, entries, matching, nearest, open_catalogue
+from kdrun.cli import run as kdrun
 from kdrun.errors import UserError
 
 
@@ -135,3 +136,14 @@ def test_names():
     assert matching(["kd", "dkd", "at"], ["*kd"]) == ["kd", "dkd"]
     assert matching(["kd", "dkd"], ["d"]) == ["kd", "dkd"]
     assert columns([("a", "b"), ("long", "c")]) == "a     b\nlong  c"
+
+
+@pytest.mark.parametrize("content", [b"x: [", b"\xff\xfe\x00", b"# fine\nx: {"])
+@pytest.mark.parametrize("words", [["ls", "methods"], ["show", "method=mine"], ["method=mine"]])
+def test_a_file_of_the_users_that_is_no_yaml_is_one_line(tmp_path, capsys, content, words) -> None:
+    (tmp_path / "method").mkdir()
+    path = tmp_path / "method" / "mine.yaml"
+    path.write_bytes(content)
+    assert kdrun(["--config-dir", str(tmp_path), *words]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "mine.yaml" in error
