@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,9 +13,11 @@ from kdrun import __version__
 from kdrun.catalogue import Catalogue
 from kdrun.config import Config, compose
 from kdrun.errors import ConfigErrors
+from kdrun.files import write_atomically
 from kdrun.identity import fingerprint, run_directory
 from kdrun.members import AT_ONCE, LARGEST_GROUP, group_of
 from kdrun.overrides import merge
+from kdrun.redaction import redact
 from kdrun.table.config import Column, Row, Table
 
 MOST_PROBLEMS = 20
@@ -194,19 +195,25 @@ def stored_plan(
     state = fingerprint(
         {"version": __version__, "table": asdict(table), "files": _state(catalogue)}
     )
-    if path.is_file():
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        if stored["state"] == state:
-            return [_restored(fields) for fields in stored["arms"]]
+    stored = _stored(path)
+    if stored.get("state") == state:
+        return [_restored(fields) for fields in stored["arms"]]
     if sys.stderr.isatty():
         print(f"{table.name}: composing its configurations", file=sys.stderr)
     arms = plan(table, catalogue, profile=profile, typed=typed)
-    folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"state": state, "arms": [asdict(arm) for arm in arms]}, default=str)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    if redact(text) == text:  # A plan without its secrets is none, and with them is not kept.
+        write_atomically(path, text)
     return arms
+
+
+def _stored(path: Path) -> dict[str, Any]:
+    """What a plan's file holds; nothing where there is none, or a torn one, which is made anew."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _restored(stored: Mapping[str, Any]) -> Arm:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -127,3 +128,18 @@ def test_a_plan_is_kept_until_a_config_changes(
     os.utime(config_dir / "table" / "small.yaml", (1, 1))
     stored_plan(table, catalogue, tmp_path / "plans")
     assert len(made) == 3
+    for kept in (tmp_path / "plans").iterdir():
+        kept.write_text("{torn")
+    assert stored_plan(table, catalogue, tmp_path / "plans") == first
+    assert len(made) == 4
+
+
+def test_a_plan_with_a_secret_is_not_kept(
+    catalogue: Catalogue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_0123456789abcdef")
+    secret = replace(arm(tmp_path), words=("method=kd", "dataset.name=hf_0123456789abcdef"))
+    monkeypatch.setattr(cells_module, "plan", lambda *_, **__: [secret])
+    table = open_table("small", catalogue)
+    assert stored_plan(table, catalogue, tmp_path / "plans") == [secret]
+    assert not (tmp_path / "plans").exists()
