@@ -161,6 +161,15 @@ def test_published_numbers_are_those_of_the_literature() -> None:
     }
 
 
+def test_inputs_of_mixer_are_normalised_as_for_its_weights() -> None:
+    table = open_table("ofa_imagenet", CATALOGUE)
+    for column in table.columns:
+        dataset = composed(table, "KD", column.label)["dataset"]
+        expected = [0.5] * 3 if column.label.startswith("Mixer-B") else [0.485, 0.456, 0.406]
+        assert dataset["mean"] == expected, column.label
+    assert composed(table, "KD", "Mixer-B-R18", "smoke")["dataset"]["mean"][0] == 0.5071
+
+
 def test_a_metric_of_the_same_runs_costs_nothing() -> None:
     imagenet = open_table("imagenet", CATALOGUE)
     one, five = (composed(imagenet, "DKD", f"R50-MV1{end}") for end in ("", " top-5"))
