@@ -235,7 +235,7 @@ class Distiller(LightningModule):
 
     def _regular_step(self, batch: Batch, progress: Progress) -> None:
         parts = self._parts(batch)
-        samples = self.global_batch(self.position) if self.global_batch is not None else len(batch)
+        samples = self._samples_of_step(batch)
         for part, share in zip(parts, shares_of_step(parts, samples), strict=True):
             terms = self._terms(part, progress)
             weights = self.method.weights(progress)
@@ -276,6 +276,12 @@ class Distiller(LightningModule):
             return [batch]
         size = -(-len(batch) // parts)
         return [batch.rows(slice(i, i + size)) for i in range(0, len(batch), size)]
+
+    def _samples_of_step(self, batch: Batch) -> int:
+        """Over all ranks, of which this one has ``batch``."""
+        if self.global_batch is not None:
+            return self.global_batch(self.position)
+        return len(batch) * distributed.world_size()
 
     def _measure_gradients(
         self, terms: Mapping[str, Tensor], weights: Mapping[str, float]

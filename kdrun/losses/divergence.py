@@ -61,6 +61,8 @@ def kl_divergence(
 ) -> Tensor:
     """``KL(softmax(teacher / T) || softmax(student / T))`` in nats, mean over positions.
 
+    Positions of one side may be broadcast to those of the other.
+
     Args:
         student: logits ``(..., C)``.
         teacher: logits ``(..., C)``.
@@ -76,7 +78,10 @@ def kl_divergence(
         # Summed at once: the sums of each position and their mean would cost a small step more
         # than the divergence itself.
         total = F.kl_div(student, teacher, reduction="sum", log_target=True)
-        return total * (factor / max(student.shape[:-1].numel(), 1))
+        shape = student.shape
+        if shape != teacher.shape:
+            shape = torch.broadcast_shapes(shape, teacher.shape)
+        return total * (factor / max(shape[:-1].numel(), 1))
     divergence = F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=-1)
     return mean_over(divergence, mask) * factor
 

@@ -36,6 +36,16 @@ def test_kl_is_the_naive_loop() -> None:
     assert value.item() == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize(("one", "other"), [((5, 1, 7), (5, 3, 7)), ((5, 1, 7), (1, 3, 7))])
+def test_kl_of_positions_that_are_broadcast(one: tuple, other: tuple) -> None:
+    student, teacher = random_logits(*one), random_logits(*other).flip(-1)
+    full = [side.expand(5, 3, 7) for side in (student, teacher)]
+    value, again = (kl_divergence(*sides, t_squared=False) for sides in ((student, teacher), full))
+    assert value.item() == pytest.approx(again.item(), rel=1e-12)
+    masked = kl_divergence(*full, t_squared=False, mask=torch.ones(5, 3))
+    assert value.item() == pytest.approx(masked.item(), rel=1e-12)
+
+
 def test_cross_entropy_form_is_kl_plus_the_teachers_entropy() -> None:
     student, teacher = random_logits(2, 5, 7).unbind()
     log_teacher = F.log_softmax(teacher / 2, dim=1)
