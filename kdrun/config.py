@@ -246,7 +246,9 @@ class _Editor:
         node: Any = self.values
         for depth, part in enumerate(path):
             place = ".".join(path[: depth + 1])
-            if not isinstance(node, dict) or part not in node:
+            if not isinstance(node, dict):
+                return [_no_options_inside(key, ".".join(path[:depth]), node)]
+            if part not in node:
                 return [self._unknown(node, place, typed=key)]
             if not node[part] and _takes_mapping(node, part):
                 node[part] = {}
@@ -254,7 +256,7 @@ class _Editor:
             node = node[part]
         place = ".".join(path)
         if not isinstance(node, dict):
-            return [f"{key}: {place} has no options inside, its value is {spell(node)}"]
+            return [_no_options_inside(key, place, node)]
         if last not in node and place not in self._free and not _may_be_added(node, last):
             return [self._unknown(node, key)]
         old = node.get(last, "unset")
@@ -283,6 +285,10 @@ class _Editor:
         section = place.rpartition(".")[0]
         owner = self.names.get(section, section)
         return unknown_option(place, options, owner, elsewhere[0] if elsewhere else None)
+
+
+def _no_options_inside(key: str, place: str, value: Any) -> str:
+    return f"{key}: {place} has no options inside, its value is {spell(value)}"
 
 
 def _may_be_added(node: Mapping[str, Any], name: str) -> bool:

@@ -49,6 +49,11 @@ def test_every_shipped_choice_is_valid(catalogue, group):
     assert wrong == {}
 
 
+def test_an_option_inside_what_was_set_to_null(catalogue):
+    found = problems(catalogue, "recipe.stages=null", "recipe.stages.teacher_outputs._target_=x")
+    assert "recipe.stages.teacher_outputs._target_: recipe.stages has no options" in found[0]
+
+
 def test_all_mistakes_at_once(catalogue):
     found = problems(
         catalogue,
