@@ -12,7 +12,6 @@ from kdrun import __version__
 from kdrun.catalogue import GROUPS, Catalogue, nearest, open_catalogue
 from kdrun.errors import ConfigErrors, Interrupted, UserError
 from kdrun.help import FIRST_WORDS, HELP
-from kdrun.parameters import find_source
 
 
 @dataclass
@@ -146,7 +145,7 @@ def _dispatch(line: CommandLine) -> int:
         return 0
     first = line.words[0] if line.words else ""
     if first and "=" not in first and not first.startswith(("-", "~")):
-        verb = available_verbs().get(first)
+        verb = VERBS.get(first)
         if verb is None:
             raise UserError(_unknown_verb(first, line))
         line.words = line.words[1:]
@@ -282,7 +281,7 @@ def _complete(line: CommandLine) -> int:
     typed = os.environ.get("COMP_LINE", "")
     point = int(os.environ.get("COMP_POINT", len(typed)))
     word = line.words[1] if len(line.words) > 1 else ""
-    shown = [name for name, verb in available_verbs().items() if verb.summary]
+    shown = [name for name, verb in VERBS.items() if verb.summary]
     for name in complete(typed[:point], word, open_catalogue(), shown):
         print(name)
     return 0
@@ -323,13 +322,11 @@ class Verb:
         action: does it and returns the exit status.
         usage: what follows the verb.
         summary: what it does; empty: not listed.
-        module: the module that it needs, where that is a part of kdrun that may be missing.
     """
 
     action: Callable[[CommandLine], int]
     usage: str = ""
     summary: str = ""
-    module: str = ""
 
 
 VERBS = {
@@ -339,41 +336,28 @@ VERBS = {
     "validate": Verb(_validate, "[key=value ...]", "check a command, networks and shapes included"),
     "cp": Verb(_cp, "GROUP/NAME FILE", "copy a shipped config for editing"),
     "resume": Verb(_resume, "RUN", "continue an interrupted run from its directory"),
-    "eval": Verb(_eval, "RUN [key=value ...]", "evaluate a finished run again", "kdrun.deployment"),
-    "export": Verb(
-        _export, "RUN [FILE]", "write the student for other programs", "kdrun.deployment"
-    ),
+    "eval": Verb(_eval, "RUN [key=value ...]", "evaluate a finished run again"),
+    "export": Verb(_export, "RUN [FILE]", "write the student for other programs"),
     "diff": Verb(_diff, "RUN RUN", "config and results of two runs side by side"),
-    "table": Verb(_table, "NAME", "run and print a table of methods and seeds", "kdrun.table"),
-    "report": Verb(
-        _report, "TABLE|DIR", "tables and curves of finished runs", "kdrun.report.command"
-    ),
+    "table": Verb(_table, "NAME", "run and print a table of methods and seeds"),
+    "report": Verb(_report, "TABLE|DIR", "tables and curves of finished runs"),
     "store": Verb(_store, "ls|verify|gc", "artefacts that runs share: list, check, clean up"),
     "doctor": Verb(_doctor, "", "versions, extras, hardware: what a bug report needs"),
     "complete": Verb(_complete),
 }
 
 
-def available_verbs() -> dict[str, Verb]:
-    """The verbs whose parts are there."""
-    return {
-        name: verb
-        for name, verb in VERBS.items()
-        if not verb.module or find_source(verb.module) is not None
-    }
-
-
 def _help() -> str:
     rows = [
         f"  {f'{name} {verb.usage}'.strip():30} {verb.summary}"
-        for name, verb in available_verbs().items()
+        for name, verb in VERBS.items()
         if verb.summary
     ]
     return HELP.format(verbs="\n".join(["Verbs", *rows]), groups=" ".join(f"{g}=" for g in GROUPS))
 
 
 def _unknown_verb(word: str, line: CommandLine) -> str:
-    verbs = [name for name, verb in available_verbs().items() if verb.summary]
+    verbs = [name for name, verb in VERBS.items() if verb.summary]
     meant = nearest(word, verbs)
     if meant is None:
         catalogue = line.catalogue()
