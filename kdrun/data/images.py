@@ -56,6 +56,8 @@ class Images(DataModule):
         per_class: training images kept of each class (few-shot); null keeps all.
         long_tail: largest over smallest class size of an exponentially falling training set; null
             keeps the sizes.
+        test_per_class: images of each class to validate and test on, for trials: figures on a part
+            of the test set compare with no others; null for all.
         mean: of each channel, in [0, 1].
         std: of each channel, likewise.
         augmentation: of training images; null for none.
@@ -85,6 +87,7 @@ class Images(DataModule):
         classes: PositiveInt | list[int] | list[str] | None = None,
         per_class: PositiveInt | None = None,
         long_tail: Annotated[float, Interval(low=1)] | None = None,
+        test_per_class: PositiveInt | None = None,
         mean: list[float],
         std: list[float],
         augmentation: Augmentation | None = None,
@@ -122,6 +125,7 @@ class Images(DataModule):
         self.storage, self.image_size, self.resize = storage, image_size, resize
         self.crop_scale, self.channels = crop_scale, channels
         self.classes, self.per_class, self.long_tail = classes, per_class, long_tail
+        self.test_per_class = test_per_class
         self.cache, self.workers = cache, workers
 
     def load(self) -> dict[str, Part]:
@@ -154,6 +158,15 @@ class Images(DataModule):
         except ValueError as error:
             raise UserError(f"dataset.per_class={self.per_class}: {error}") from error
         return torch.arange(len(train))
+
+    def select_judged(self, part: Part) -> Tensor:
+        """Some rows of each class where trials are to be short."""
+        if self.test_per_class is None:
+            return super().select_judged(part)
+        try:
+            return per_class(part.target, self.test_per_class, seed=SPLIT_SEED)
+        except ValueError as error:
+            raise UserError(f"dataset.test_per_class={self.test_per_class}: {error}") from error
 
     def _open(self, folder: Path | None, split: str) -> tuple[Part, list[str]]:
         def source() -> ImageSource:

@@ -112,6 +112,16 @@ def test_first_classes(hub_folder):
     assert prepared(classes=2).class_names == ["cat", "dog"]
 
 
+def test_a_trial_judges_some_images_of_each_class(hub_folder):
+    trial, whole = prepared(test_per_class=1), prepared()
+    assert (trial.validation_size, trial.test_size) == (3, 3)
+    assert trial.train_size == whole.train_size
+    _, target, index = everything(trial.test(batch_size=2, device="cpu"))
+    assert sorted(target.tolist()) == [0, 1, 2]
+    assert set(index.tolist()) < set(everything(whole.test(batch_size=2, device="cpu"))[2].tolist())
+    assert trial.fingerprint != whole.fingerprint
+
+
 def test_few_shot_and_long_tail(hub_folder):
     few = prepared(per_class=4)
     _, target, _ = everything(few.train(batch_size=8, seed=0, device="cpu"))
@@ -232,6 +242,8 @@ def test_a_class_that_train_has_not(class_folders):
 def test_too_few_images_for_few_shot(hub_folder):
     message = refusal(animals(per_class=500))
     assert message.startswith("dataset.per_class=500: class 0 has 9 samples")
+    message = refusal(animals(test_per_class=5))
+    assert message.startswith("dataset.test_per_class=5: class 0 has")
 
 
 def test_too_large_for_memory(hub_folder, monkeypatch):
