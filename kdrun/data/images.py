@@ -159,12 +159,12 @@ class Images(DataModule):
             raise UserError(f"dataset.per_class={self.per_class}: {error}") from error
         return torch.arange(len(train))
 
-    def select_judged(self, part: Part) -> Tensor:
-        """Some rows of each class where trials are to be short."""
+    def judged(self, part: Part) -> Part:
+        """Some images of each class where trials are to be short."""
         if self.test_per_class is None:
-            return super().select_judged(part)
+            return part
         try:
-            return per_class(part.target, self.test_per_class, seed=SPLIT_SEED)
+            return part.take(per_class(part.target, self.test_per_class, seed=SPLIT_SEED))
         except ValueError as error:
             raise UserError(f"dataset.test_per_class={self.test_per_class}: {error}") from error
 

@@ -103,9 +103,9 @@ class DataModule(ABC):
         """Rows of the training split that are used; a subclass may leave some out."""
         return torch.arange(len(train))
 
-    def select_judged(self, part: Part) -> Tensor:
-        """Rows of the validation or test split that are used; a subclass may leave some out."""
-        return torch.arange(len(part))
+    def judged(self, part: Part) -> Part:
+        """What is used of the validation or test split; a subclass may leave some out."""
+        return part
 
     def evaluation_batch_size(self, training: int) -> int:
         """Samples that are evaluated at once, given how many are trained on at once."""
@@ -130,7 +130,7 @@ class DataModule(ABC):
         for name, part in (("train", train), ("validation", validation), ("test", test)):
             if not len(part):
                 raise UserError(f"the {name} split is empty; see dataset.val_fraction")
-        validation, test = (part.take(self.select_judged(part)) for part in (validation, test))
+        validation, test = self.judged(validation), self.judged(test)
         self._parts = {"train": train, "validation": validation, "test": test}
         self.num_classes = len(self.class_names)
         for name, part in self._parts.items():
