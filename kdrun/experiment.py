@@ -27,6 +27,7 @@ from kdrun.provenance import environment
 from kdrun.redaction import remember_secrets
 from kdrun.report.summary import summary_table
 from kdrun.stages.stage import Context, Stage
+from kdrun.startup import collector_paused
 from kdrun.store import Store, make_once
 from kdrun.targets import KEY
 from kdrun.tasks.task import Task
@@ -149,7 +150,8 @@ def _refuse_division(config: Mapping[str, Any], data: DataModule) -> None:
 
 def stages_of(config: Mapping[str, Any]) -> dict[str, Stage]:
     """The recipe's stages in order."""
-    return {name: instantiate(dict(node)) for name, node in config["recipe"]["stages"].items()}
+    with collector_paused():  # The first of a process imports Lightning.
+        return {name: instantiate(dict(node)) for name, node in config["recipe"]["stages"].items()}
 
 
 def _run_stages(

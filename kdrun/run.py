@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import shlex
 import traceback
@@ -60,12 +59,12 @@ def run_config(config: Config, words: Sequence[str], flags: Sequence[str]) -> Ou
     with _silent_unless_main():
         for line in config.changes:
             print(line, flush=True)
-        from kdrun.startup import import_torchmetrics
+        from kdrun.startup import collect_garbage, import_torchmetrics
 
         import_torchmetrics()
         from kdrun.experiment import run_experiment
 
-        gc.enable()
+        collect_garbage()
         try:
             result = run_experiment(
                 config.values, names=config.names, overrides=words, command=command
@@ -89,12 +88,12 @@ def run_members(runs: Sequence[MemberRun], words: Sequence[str], flags: Sequence
         UserError: some cannot go side by side, or have failed; the others are finished.
         Interrupted: a signal stopped them after they were saved.
     """
-    from kdrun.startup import import_torchmetrics
+    from kdrun.startup import collect_garbage, import_torchmetrics
 
     import_torchmetrics()
     from kdrun.side_by_side import check_methods, run_side_by_side
 
-    gc.enable()
+    collect_garbage()
     check_methods(runs)
     failed = []
     for run, ended in zip(runs, run_side_by_side(runs, flags), strict=True):
@@ -121,12 +120,12 @@ def run_beside(runs: Sequence[MemberRun], flags: Sequence[str]) -> list[Outcome 
     Returns:
         How each ended; what went wrong where something did.
     """
-    from kdrun.startup import import_torchmetrics
+    from kdrun.startup import collect_garbage, import_torchmetrics
 
     import_torchmetrics()
     from kdrun.side_by_side import reason_to_go_alone, run_side_by_side
 
-    gc.enable()
+    collect_garbage()
     beside = [run for run in runs if reason_to_go_alone(run) is None]
     groups = [beside, *([run] for run in runs if run not in beside)]
     ended = {

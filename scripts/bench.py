@@ -66,8 +66,11 @@ def main() -> None:
     epoch.add_argument("--pair", choices=list(PAIRS)[1:], default="resnet20-resnet8")
     epoch.add_argument("--per-class", type=int, default=320, help="training images of each class")
     epoch.add_argument("--rounds", type=int, default=5)
+    epoch.add_argument("--epochs", type=int, default=1, help="of each training")
     epoch.add_argument("--teacher", help="safetensors file of a trained teacher")
-    epoch.set_defaults(run=lambda o: bench_epoch(o.pair, o.per_class, o.rounds, o.teacher))
+    epoch.set_defaults(
+        run=lambda o: bench_epoch(o.pair, o.per_class, o.rounds, o.teacher, o.epochs)
+    )
 
     vocabulary = commands.add_parser("vocabulary", help="memory of losses over many classes")
     _vocabulary_options(vocabulary)

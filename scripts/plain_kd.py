@@ -115,6 +115,7 @@ def main() -> None:
     parser.add_argument("--teacher-weights")
     parser.add_argument("--student", required=True)
     parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--save", required=True, help="checkpoint to write")
@@ -122,7 +123,7 @@ def main() -> None:
     options = parser.parse_args()
 
     train_set, test_set = read_data(options)
-    torch.manual_seed(0)
+    torch.manual_seed(options.seed)
     num_classes = len(train_set.classes)
     teacher = build(options.teacher, num_classes).eval()
     if options.teacher_weights:

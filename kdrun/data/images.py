@@ -185,7 +185,7 @@ class Images(DataModule):
         if self.storage == "stream":
             return self._streamed(source())
         return decoded(
-            self._key(folder, split),
+            self._key(folder, split) if self.cache else "",
             source,
             channels=self.channels,
             size=self.image_size,
