@@ -12,6 +12,7 @@ from kdrun import __version__
 from kdrun.catalogue import GROUPS, Catalogue, nearest, open_catalogue
 from kdrun.errors import ConfigErrors, Interrupted, UserError
 from kdrun.help import FIRST_WORDS, HELP
+from kdrun.startup import start_computing
 
 
 @dataclass
@@ -213,6 +214,7 @@ def _validate(line: CommandLine) -> int:
 
     config = compose(line.words, line.catalogue())
     runs = member_runs(line.words, config.values[MEMBERS], line.catalogue())
+    start_computing()
     from kdrun.side_by_side import check_methods
     from kdrun.validation import check
 
@@ -251,6 +253,7 @@ def _eval(line: CommandLine) -> int:
     from kdrun.runs import open_run
 
     run = open_run(_one_run(line, "eval", more=True))
+    start_computing()
     from kdrun.deployment import evaluate_run
 
     evaluate_run(run, line.words[1:], line.catalogue())
@@ -261,6 +264,7 @@ def _export(line: CommandLine) -> int:
     from kdrun.runs import open_run
 
     run = open_run(_one_run(line, "export", more=True))
+    start_computing()
     from kdrun.deployment import export_run
 
     export_run(run, line.words[1:])

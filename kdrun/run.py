@@ -14,6 +14,7 @@ from kdrun.catalogue import Catalogue
 from kdrun.config import Config, compose
 from kdrun.errors import Interrupted, UserError
 from kdrun.members import MEMBERS, MemberRun, member_runs
+from kdrun.startup import start_computing
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,9 @@ def run_config(config: Config, words: Sequence[str], flags: Sequence[str]) -> Ou
     with _silent_unless_main():
         for line in config.changes:
             print(line, flush=True)
-        from kdrun.startup import collect_garbage, import_torchmetrics
-
-        import_torchmetrics()
+        start_computing()
         from kdrun.experiment import run_experiment
 
-        collect_garbage()
         try:
             result = run_experiment(
                 config.values, names=config.names, overrides=words, command=command
@@ -88,12 +86,9 @@ def run_members(runs: Sequence[MemberRun], words: Sequence[str], flags: Sequence
         UserError: some cannot go side by side, or have failed; the others are finished.
         Interrupted: a signal stopped them after they were saved.
     """
-    from kdrun.startup import collect_garbage, import_torchmetrics
-
-    import_torchmetrics()
+    start_computing()
     from kdrun.side_by_side import check_methods, run_side_by_side
 
-    collect_garbage()
     check_methods(runs)
     failed = []
     for run, ended in zip(runs, run_side_by_side(runs, flags), strict=True):
@@ -120,12 +115,9 @@ def run_beside(runs: Sequence[MemberRun], flags: Sequence[str]) -> list[Outcome 
     Returns:
         How each ended; what went wrong where something did.
     """
-    from kdrun.startup import collect_garbage, import_torchmetrics
-
-    import_torchmetrics()
+    start_computing()
     from kdrun.side_by_side import reason_to_go_alone, run_side_by_side
 
-    collect_garbage()
     beside = [run for run in runs if reason_to_go_alone(run) is None]
     groups = [beside, *([run] for run in runs if run not in beside)]
     ended = {

@@ -22,6 +22,12 @@ UNUSED = (
 """What torchmetrics is told is not installed."""
 
 
+def start_computing() -> None:
+    """What a command does before it imports anything that imports torch."""
+    import_torchmetrics()
+    collect_garbage()
+
+
 def import_torchmetrics() -> None:
     """Import torchmetrics without its optional dependencies, before anything else does.
 
