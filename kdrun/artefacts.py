@@ -14,6 +14,10 @@ from kdrun.errors import UserError
 from kdrun.files import file_sha256, read_json, write_json
 
 MARKER = "artefact.json"
+RESULT = "result.json"
+"""What a finished run has come to, in its directory."""
+RESULT_SCHEMA = 1
+"""Which entries it has: another number, other entries."""
 LOGS = ("log.txt", "logs")
 """What may be moved or thrown away without harm to a finished artefact."""
 
@@ -31,6 +35,24 @@ def commit(directory: Path, key: Mapping[str, Any]) -> None:
         and not path.name.startswith(".")
     }
     write_json(directory / MARKER, {"key": dict(key), "finished": time.time(), "files": files})
+
+
+def read_marker(directory: Path) -> dict[str, Any]:
+    """What the marker of a finished artefact says: its ``key`` and its ``files``.
+
+    Raises:
+        UserError: the marker is damaged.
+    """
+    path = directory / MARKER
+    marker = read_json(path)
+    match marker:
+        case {"key": dict(), "files": dict(files)} if all(map(_has_facts, files.values())):
+            return marker
+    raise UserError(f"{path} is damaged (it lists no files); remove it and run again")
+
+
+def _has_facts(entry: Any) -> bool:
+    return isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys()
 
 
 def is_complete(directory: Path, contents: bool = False, names: Sequence[str] = ()) -> bool:
@@ -55,11 +77,12 @@ def is_complete(directory: Path, contents: bool = False, names: Sequence[str] = 
 
 def damaged(directory: Path, contents: bool = True, names: Sequence[str] = ()) -> Iterator[Path]:
     """Files of a finished artefact that are missing or are not what was written."""
-    written = read_json(directory / MARKER)["files"]
+    written = read_marker(directory)["files"]
     for name in names or written:
-        path, facts = directory / name, written[name]
+        path, facts = directory / name, written.get(name)
         if (
-            not path.is_file()
+            facts is None
+            or not path.is_file()
             or path.stat().st_size != facts["bytes"]
             or contents
             and file_sha256(path) != facts["sha256"]

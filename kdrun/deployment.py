@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from kdrun.artefacts import is_complete
+from kdrun.artefacts import RESULT, is_complete
 from kdrun.assembly import (
     Assembly,
     assemble_untrained,
@@ -25,7 +25,7 @@ from kdrun.config import compose
 from kdrun.data.batches import described
 from kdrun.data.module import DataModule
 from kdrun.errors import UserError
-from kdrun.experiment import RESULT, prepare_data, stages_of
+from kdrun.experiment import prepare_data, stages_of
 from kdrun.export import FORMATS, SUFFIXES, export
 from kdrun.files import read_json, write_json
 from kdrun.identity import fingerprint

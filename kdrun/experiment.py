@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from kdrun import distributed
+from kdrun.artefacts import RESULT, RESULT_SCHEMA
 from kdrun.build import allowing, instantiate, resolve
 from kdrun.data.module import DataModule
 from kdrun.errors import Interrupted, UserError
@@ -31,9 +32,6 @@ from kdrun.startup import collector_paused
 from kdrun.store import Store, make_once
 from kdrun.targets import KEY
 from kdrun.tasks.task import Task
-
-RESULT_SCHEMA = 1
-RESULT = "result.json"
 
 
 def run_experiment(

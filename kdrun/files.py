@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,6 +30,22 @@ def typed_path(text: str | Path) -> Path:
     return path
 
 
+def walk(place: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """As ``os.walk``, from a place down, by name; folders behind links too, each folder once."""
+    seen: set[tuple[int, int]] = set()
+    for folder, folders, files in os.walk(place, followlinks=True):
+        try:
+            fact = os.stat(folder)
+        except FileNotFoundError:  # Just now removed.
+            continue
+        if (fact.st_dev, fact.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((fact.st_dev, fact.st_ino))
+        folders.sort()
+        yield Path(folder), folders, files
+
+
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes."""
     with path.open("rb") as file:
@@ -42,7 +59,8 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     Readers see the old file or the new one, whole. When writing fails (a full disk), the old one
     stays and the failure is a ``UserError``.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Processes of several machines, or containers, may have the same number.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:

@@ -8,13 +8,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from kdrun.artefacts import RESULT
 from kdrun.browse import columns
 from kdrun.catalogue import Catalogue, load_yaml
 from kdrun.config import Config, compose, spell
 from kdrun.errors import UserError
 from kdrun.files import parse_json, typed_path
 
-CONFIG, ENVIRONMENT, RESULT = "config.yaml", "env.json", "result.json"
+CONFIG, ENVIRONMENT = "config.yaml", "env.json"
 
 PLACE = ("output_dir", "rerun", "dry", "logger", "allow_packages")
 """Config entries that may differ between two sittings of the same run."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kdrun.artefacts import RESULT
 from kdrun.errors import UserError
 from kdrun.files import read_json
 from kdrun.pruning import Pruned
@@ -87,7 +88,7 @@ class Search:
         """
         measured = {"validation": objective}
         if set(self.objectives) != {"validation"}:
-            student = read_json(Path(directory, "result.json"))["networks"]["distilled"]
+            student = read_json(Path(directory, RESULT))["networks"]["distilled"]
             measured["parameters"] = float(student["parameters"])
             measured["seconds"] = float(student["training"]["seconds"])
         return tuple(measured[name] for name in self.objectives)

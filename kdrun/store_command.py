@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import shutil
+import stat
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdrun.artefacts import MARKER, damaged
+from kdrun.artefacts import MARKER, RESULT, damaged, read_marker
 from kdrun.browse import columns
 from kdrun.errors import UserError
-from kdrun.files import read_json, typed_path
+from kdrun.files import read_json, typed_path, walk
 from kdrun.locks import Lock
 from kdrun.sizes import in_words
 
 USAGE = "kdrun store ls|verify|gc [--yes] [--budget 20GB] [output_dir=outputs]"
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 UNITS |= {f"{letter}i": 1 << 10 * power for power, letter in enumerate("kmgt", start=1)}
-REFERENCES = ("artefacts.json", "result.json")
+REFERENCES = ("artefacts.json", RESULT)
 """Files of a run that name the artefacts it was made from."""
 
 
@@ -95,7 +98,7 @@ def entries(root: Path) -> list[Entry]:
     found = []
     for directory in sorted(root.glob("*/*")):
         if directory.is_dir() and not directory.name.startswith("."):
-            facts = [path.stat() for path in directory.rglob("*") if path.is_file()]
+            facts = list(_facts(directory))
             size = sum(fact.st_size for fact in facts)
             # The marker's time is that of the last use: see ``kdrun.store.note_use``.
             used = max((fact.st_mtime for fact in facts), default=directory.stat().st_mtime)
@@ -103,36 +106,91 @@ def entries(root: Path) -> list[Entry]:
     return found
 
 
-def users(folder: Path, found: Sequence[Entry]) -> dict[str, set[Path]]:
-    """Which runs below ``folder`` each artefact serves, also by way of other artefacts."""
+def _facts(directory: Path) -> Iterator[os.stat_result]:
+    for path in directory.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # A process at work has just replaced it.
+            fact = path.stat()
+            if stat.S_ISREG(fact.st_mode):
+                yield fact
+
+
+@dataclass(frozen=True)
+class Use:
+    """Which runs need which artefacts.
+
+    Attributes:
+        served: the runs that each artefact serves, also by way of other artefacts, by its name.
+        damaged: what is wrong with each file that should tell of this and cannot be read, a line
+            each.
+        unknown: those of them without which it is unknown what a run needs.
+    """
+
+    served: dict[str, set[Path]]
+    damaged: list[str]
+    unknown: list[Path]
+
+
+def users(folder: Path, found: Sequence[Entry]) -> Use:
+    """Which runs below ``folder`` need which artefacts."""
     names = {entry.name for entry in found}
-    needs = {
-        entry.name: _strings(read_json(entry.directory / MARKER)["key"]) & names
-        for entry in found
-        if entry.finished
-    }
+    needs: dict[str, set[str]] = {}
+    broken: dict[str, Path] = {}
+    damaged = []
+    for entry in found:
+        if not entry.finished:
+            continue
+        try:
+            needs[entry.name] = _strings(read_marker(entry.directory)["key"]) & names
+        except (UserError, OSError) as error:
+            broken[entry.name] = entry.directory / MARKER
+            damaged.append(str(error))
     served: dict[str, set[Path]] = {name: set() for name in names}
-    for reference in REFERENCES:
-        for path in folder.rglob(reference):
-            content = read_json(path)
-            named = content.get("artefacts", {}) if reference == "result.json" else content
-            waiting = list(_strings(named) & names)
+    unknown = []
+    for run, folders, files in walk(folder):
+        if run == folder and "store" in folders:
+            folders.remove("store")
+        references = [name for name in REFERENCES if name in files]
+        told = 0
+        for reference in references:
+            try:
+                waiting = list(_named(run / reference) & names)
+            except (UserError, OSError) as error:
+                damaged.append(str(error))
+                continue
+            told += 1
             while waiting:
                 name = waiting.pop()
-                if path.parent not in served[name]:
-                    served[name].add(path.parent)
+                if run not in served[name]:
+                    served[name].add(run)
                     waiting += needs.get(name, ())
-    return served
+        if references and not told:
+            unknown.append(run / references[0])
+    unknown += [path for name, path in broken.items() if served[name]]
+    return Use(served, damaged, unknown)
+
+
+def _named(path: Path) -> set[str]:
+    """The artefacts that a file of a run refers to, and its other texts.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    content = read_json(path)
+    if path.name == RESULT and isinstance(content, dict):
+        content = content.get("artefacts")
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged (it names no artefacts); remove it and run again")
+    return _strings(content)
 
 
 def _ls(folder: Path, found: Sequence[Entry]) -> int:
-    served = users(folder, found)
+    use = users(folder, found)
     rows = [("artefact", "size", "last used", "runs")]
     for entry in found:
         date = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
-        runs = str(len(served[entry.name])) if entry.finished else f"unfinished{_work(entry)}"
+        runs = str(len(use.served[entry.name])) if entry.finished else f"unfinished{_work(entry)}"
         rows.append((entry.name, in_words(entry.size), date, runs))
-    print(columns(rows))
+    print("\n".join([columns(rows), *use.damaged]))
     return 0
 
 
@@ -144,7 +202,7 @@ def _verify(found: Sequence[Entry]) -> int:
             continue
         try:
             files = [str(path.relative_to(entry.directory)) for path in damaged(entry.directory)]
-        except UserError as error:
+        except (UserError, OSError) as error:
             files = [f"{MARKER} ({error})"]
         bad += bool(files)
         print(f"{entry.name}: " + (f"DAMAGED: {', '.join(files)}" if files else "sound"))
@@ -156,17 +214,23 @@ def _verify(found: Sequence[Entry]) -> int:
 
 
 def _gc(folder: Path, found: Sequence[Entry], yes: bool, budget: int | None) -> int:
-    served = users(folder, found)
+    use = users(folder, found)
+    for line in use.damaged:
+        print(line)
     freed = 0
     kept = []
     for entry in found:
-        if entry.finished and served[entry.name]:
+        if entry.finished and use.served[entry.name]:
             kept.append(entry)
+            continue
+        if entry.finished and use.unknown:
+            print(f"{entry.name}: kept, who needs it stands in {use.unknown[0]}, which is damaged")
             continue
         why = "no run refers to it" if entry.finished else "unfinished"
         freed += _remove(entry, why, yes)
     if budget is not None:
-        freed += _keep_within(budget, sum(entry.size for entry in found) - freed, kept, served, yes)
+        size = sum(entry.size for entry in found) - freed
+        freed += _keep_within(budget, size, kept, use.served, yes)
     print(f"{in_words(freed)} {'freed' if yes else 'to be freed: kdrun store gc --yes'}")
     return 0
 

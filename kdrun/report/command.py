@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from kdrun.artefacts import RESULT
 from kdrun.catalogue import Catalogue, listing, nearest
 from kdrun.config import compose
 from kdrun.errors import ConfigErrors, UserError
@@ -16,7 +17,7 @@ from kdrun.job import read_records
 from kdrun.report import sweeps
 from kdrun.report.formats import FORMATS
 from kdrun.report.results import Results, results_of_runs
-from kdrun.report.runs import RESULT, Run, find_runs, read_run, read_runs
+from kdrun.report.runs import Run, find_runs, read_run, read_runs
 from kdrun.report.sweeps import Trial, is_sweep
 
 CHOICES = {
@@ -190,13 +191,20 @@ def read_results(options: Options, catalogue: Catalogue) -> Results:
     known = ("metric", "direction", "epoch", "baseline", "test")
     given: dict[str, Any] = {key: options.given[key] for key in known if key in options.given}
     runs: dict[Path, Run] = {}
+    remarks: list[str] = []
     for place in places:
-        found = [trial.run for trial in trials_of(place, catalogue)] if is_sweep(place) else None
-        known = read_runs(find_runs([place])) if found is None else filter(None, found)
-        runs |= {run.directory.resolve(): run for run in known}
+        if is_sweep(place):
+            trials = trials_of(place, catalogue)
+            found = [trial.run for trial in trials if trial.run is not None]
+            problems = [trial.error for trial in trials if trial.status == "done" and trial.error]
+        else:
+            found, problems = read_runs(find_runs([place]))
+        runs |= {run.directory.resolve(): run for run in found}
+        remarks += problems
     if not runs:
-        raise UserError(f"{name}: no finished run in or below it")
-    return results_of_runs(list(runs.values()), title=" ".join(options.targets), **given)
+        raise UserError(remarks[0] if remarks else f"{name}: no finished run in or below it")
+    results = results_of_runs(list(runs.values()), title=" ".join(options.targets), **given)
+    return replace(results, remarks=[f"left out: {remark}" for remark in dict.fromkeys(remarks)])
 
 
 def trials_of(sweep: Path, catalogue: Catalogue) -> list[Trial]:
@@ -213,7 +221,12 @@ def trials_of(sweep: Path, catalogue: Catalogue) -> list[Trial]:
         if place is not None:
             roots = (Path(), *sweep.resolve().parents[2:3])
             directory = next((root / place for root in roots if (root / place).is_dir()), None)
-        run = read_run(directory) if directory and (directory / RESULT).is_file() else None
+        run, error = None, record.error
+        if directory is not None and (directory / RESULT).is_file():
+            try:
+                run = read_run(directory)
+            except UserError as problem:
+                error = str(problem)
         trials.append(
             Trial(
                 number=record.number,
@@ -221,7 +234,7 @@ def trials_of(sweep: Path, catalogue: Catalogue) -> list[Trial]:
                 status=record.status,
                 objective=record.objective,
                 seconds=record.seconds,
-                error=record.error,
+                error=error,
                 run=run,
                 directory=directory,
             )

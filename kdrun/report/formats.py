@@ -85,7 +85,7 @@ def latex(results: Results) -> str:
 
 FIELDS = (
     *("table", "profile", "column", "row", "network", "metric", "direction", "epoch", "protocol"),
-    *("mean", "std", "n", "wanted", "missing", "published", "difference", "source"),
+    *("mean", "std", "n", "wanted", "missing", "failed", "published", "difference", "source"),
     *("baseline", "test", "pairs", "mean_difference", "statistic", "p_value", "p_holm"),
     *("training_seconds", "seeds"),
 )
@@ -114,6 +114,7 @@ def as_json(results: Results) -> str:
         "data_order": results.data_order or None,
         "rows": list(results.rows),
         "columns": list(results.columns),
+        "remarks": list(results.remarks),
         "cells": _records(results),
     }
     return json_text(document)
@@ -149,9 +150,10 @@ def value(entry: Entry) -> str:
 
 
 def count(entry: Entry) -> str:
-    """``3``, or ``2 of 3`` where runs are missing."""
+    """``3``, or ``2 of 3`` where runs are missing, ``2 of 3, 1 failed`` where one has failed."""
     if entry.wanted is not None and 0 < entry.n < entry.wanted:
-        return f"{entry.n} of {entry.wanted}"
+        failed = f", {len(entry.failures)} failed" if entry.failures else ""
+        return f"{entry.n} of {entry.wanted}{failed}"
     return str(entry.n) if entry.n else ""
 
 
@@ -205,7 +207,7 @@ def _heading(results: Results) -> str:
 
 
 def notes(results: Results) -> list[str]:
-    """What must be known to read a table: its protocol, metric, test and sources."""
+    """What must be known to read a table: its protocol, metric, test, sources, what has failed."""
     warning = shrunken_results(results)
     lines = [warning] if warning else []
     lines += [PROTOCOLS[name] for name in results.protocols]
@@ -217,7 +219,9 @@ def notes(results: Results) -> list[str]:
     if _tested(results.entries):
         lines.append(f"p: {TESTS[results.test]}, two-sided, not corrected; ?: cannot be decided")
     lines += [f"published: {source}" for source in results.sources]
-    return lines
+    # Rows may be read from the same runs.
+    failures = [text for entry in results.entries for text in entry.failures.values()]
+    return [*lines, *dict.fromkeys(failures), *results.remarks]
 
 
 def shrunken_results(results: Results) -> str:
@@ -296,6 +300,8 @@ def _records(results: Results) -> list[dict[str, Any]]:
             "n": entry.n,
             "wanted": entry.wanted,
             "missing": entry.missing or None,
+            "failed": len(entry.failures),
+            "failures": entry.failures,
             "published": entry.published,
             "difference": entry.difference,
             "source": entry.source if entry.published is not None else None,

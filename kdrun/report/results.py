@@ -34,6 +34,7 @@ class Entry:
         values: the result of each run by its seed.
         wanted: how many runs the cell should have; None where nobody has said.
         missing: why there is no result; empty where there is one.
+        failures: of each run that has failed, by its seed: what went wrong, and where that stands.
         published: the published number; ``source``: where it is from.
         baseline: label of the row it is tested against; empty where there is none.
         test: paired test over seeds of this cell against the baseline in the same column.
@@ -50,6 +51,7 @@ class Entry:
     values: Mapping[int, float]
     wanted: int | None = None
     missing: str = ""
+    failures: Mapping[int, str] = field(default_factory=dict)
     published: float | None = None
     source: str = ""
     baseline: str = ""
@@ -101,6 +103,7 @@ class Results:
         epoch: which weights of trained students were tested.
         profile: the profile that shrank all runs; such results say nothing about the methods.
         test: which paired test was made.
+        remarks: what is not in it, and why.
     """
 
     title: str
@@ -111,6 +114,7 @@ class Results:
     epoch: str
     profile: str = ""
     test: str = "t"
+    remarks: Sequence[str] = ()
 
     @functools.cached_property
     def cells(self) -> dict[tuple[str, str], Entry]:

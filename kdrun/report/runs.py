@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 from collections import Counter
@@ -11,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kdrun.artefacts import RESULT, RESULT_SCHEMA
 from kdrun.errors import UserError
-from kdrun.files import parse_json
+from kdrun.files import parse_json, walk
 from kdrun.identity import NOT_COMPUTING, NOT_IDENTITY
 
-RESULT = "result.json"
 NOT_RUNS = ("store", "tables", "sweeps")
 """Folders below an output directory that hold no runs."""
 
@@ -89,15 +88,27 @@ class Run:
         return [word for word in shlex.split(self.command)[1:] if "=" in word]
 
 
+FORM = {"names": dict, "seed": int, "command": str, "artefacts": dict, "networks": dict}
+"""Of what type entries of a result are that are not just shown."""
+
+
 def read_run(directory: Path) -> Run:
     """The run in a directory.
 
     Raises:
-        UserError: it is not finished, or its result is damaged.
+        UserError: it is not finished, or its result is damaged or of another version of kdrun.
     """
     path = directory / RESULT
     try:
         result = parse_json(path.read_bytes())
+        if result["schema"] != RESULT_SCHEMA:
+            raise UserError(
+                f"{path} has the form {result['schema']} of another version of kdrun; this one "
+                f"reads {RESULT_SCHEMA}"
+            )
+        for entry, kind in FORM.items():
+            if not isinstance(result[entry], kind):
+                raise ValueError(f"{entry} is no {kind.__name__}")
         return Run(
             directory=directory,
             names=result["names"],
@@ -136,17 +147,23 @@ def find_runs(places: Iterable[Path]) -> list[Path]:
 
 
 def _below(place: Path) -> Iterator[Path]:
-    for folder, folders, files in os.walk(place):
+    for folder, folders, files in walk(place):
         if RESULT in files:
             folders.clear()
-            yield Path(folder)
+            yield folder
         else:
             folders[:] = [n for n in folders if n not in NOT_RUNS and not n.startswith(".")]
 
 
-def read_runs(directories: Iterable[Path]) -> list[Run]:
-    """The runs in some directories."""
-    return [read_run(directory) for directory in directories]
+def read_runs(directories: Iterable[Path]) -> tuple[list[Run], list[str]]:
+    """The runs in some directories, and what is wrong with those that cannot be read."""
+    runs, problems = [], []
+    for directory in directories:
+        try:
+            runs.append(read_run(directory))
+        except UserError as error:
+            problems.append(str(error))
+    return runs, problems
 
 
 def by_configuration(runs: Iterable[Run]) -> dict[Path, list[Run]]:

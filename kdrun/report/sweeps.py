@@ -30,7 +30,7 @@ class Trial:
         objective: the validation result, of a pruned run the best one so far; None where there is
             none.
         seconds: how long it took.
-        error: the last line of what went wrong.
+        error: the last line of what went wrong, with the run or with its result.
         run: its result, where that can be found.
         directory: where it lies, finished or not; None where that cannot be told.
     """
@@ -74,6 +74,9 @@ def text(directory: Path, trials: Sequence[Trial]) -> str:
     pruned = [trial for trial in trials if trial.status == "pruned"]
     if pruned:
         blocks.append("\n".join(["given up early", *map(_given_up, pruned)]))
+    unread = [f"  #{trial.number} {trial.error}" for trial in done if trial.error]
+    if unread:
+        blocks.append("\n".join(["done, but cannot be read", *unread]))
     failed = [trial for trial in trials if trial.status == "failed"]
     if failed:
         lines = ["failed"]

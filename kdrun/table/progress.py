@@ -13,12 +13,13 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from kdrun.artefacts import MARKER, RESULT
 from kdrun.errors import UserError
 from kdrun.files import read_json
 from kdrun.table.cells import Cell
 
-FINISHED, ERROR, RESULT = "artefact.json", "error.txt", "result.json"
-"""Files in a run's directory: written last, left by a failure, and what came out."""
+ERROR = "error.txt"
+"""File in a run's directory: left by a failure."""
 
 
 class State(StrEnum):
@@ -61,7 +62,7 @@ def claim_beside(cell: Cell, others: Iterable[Cell]) -> Iterator[list[Cell]]:
 def state_of(cell: Cell) -> State:
     """How far a run is; an interrupted one that nobody works on is missing."""
     directory = cell.directory
-    if (directory / FINISHED).is_file():
+    if (directory / MARKER).is_file():
         return State.DONE
     if _is_held(_lock(cell, "claim")) or _is_held(_lock(cell, "lock")):
         return State.RUNNING
@@ -79,9 +80,10 @@ def failed_since(cell: Cell, moment: float) -> bool:
 def last_error_line(cell: Cell) -> str:
     """The last line of what went wrong with a run."""
     try:
-        return (cell.directory / ERROR).read_text(encoding="utf-8").strip().splitlines()[-1]
+        lines = (cell.directory / ERROR).read_text(encoding="utf-8").strip().splitlines()
     except FileNotFoundError:
         return "tried again by another process"
+    return lines[-1] if lines else "nothing is known of it"
 
 
 def _lock(cell: Cell, kind: str) -> Path:
@@ -135,8 +137,8 @@ class Board:
             for cell in self.cells
         }
         for cell in self.of(State.DONE):
-            if cell not in self._seconds:
-                self._seconds[cell] = _seconds(cell)
+            if cell not in self._seconds and (seconds := _seconds(cell)) is not None:
+                self._seconds[cell] = seconds
 
     def of(self, state: State) -> list[Cell]:
         """The runs in a state."""
@@ -167,10 +169,14 @@ class Board:
         return sum(known) / max(1, len(running))
 
 
-def _seconds(cell: Cell) -> float:
-    result = read_json(cell.directory / RESULT)
-    # Of runs side by side each lasts as long as all of them.
-    return float(result["seconds"]) / result.get("side_by_side", 1)
+def _seconds(cell: Cell) -> float | None:
+    """How long a run took; None where its result is damaged, which the finished table tells."""
+    try:
+        result = read_json(cell.directory / RESULT)
+        # Of runs side by side each lasts as long as all of them.
+        return float(result["seconds"]) / result.get("side_by_side", 1)
+    except (UserError, OSError, KeyError, TypeError):
+        return None
 
 
 def epochs_left(cells: Iterable[Cell], states: Mapping[Cell, State]) -> dict[str, int]:

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
+from kdrun.artefacts import RESULT
 from kdrun.catalogue import Catalogue
+from kdrun.errors import UserError
 from kdrun.report.results import FAILED, MISSING, NOT_RUN, Entry, Results, compared, measured
-from kdrun.report.runs import RESULT, Run, read_run
-from kdrun.table.cells import Arm
+from kdrun.report.runs import Run, read_run
+from kdrun.table.cells import Arm, Cell
 from kdrun.table.config import Column, Epoch, Row, Table
-from kdrun.table.progress import ERROR
+from kdrun.table.progress import ERROR, last_error_line
 from kdrun.table.request import (
     Request,
     chosen_arms,
@@ -82,12 +84,25 @@ def _entry(table: Table, row: Row, column: Column, arm: Arm | None) -> Entry:
     )
     if arm is None:
         return replace(blank, missing=NOT_RUN, wanted=0)
-    if any((arm.directory / f"seed{seed}" / ERROR).is_file() for seed in table.seeds):
-        blank = replace(blank, missing=FAILED)
-    return measured(blank, finished(arm, table.seeds), table.epoch)
+    runs, failures = ended(arm, table.seeds)
+    if failures:
+        blank = replace(blank, missing=FAILED, failures=failures)
+    return measured(blank, runs, table.epoch)
 
 
-def finished(arm: Arm, seeds: Sequence[int]) -> list[Run]:
-    """The runs of a configuration that have a result."""
-    directories = [arm.directory / f"seed{seed}" for seed in seeds]
-    return [read_run(directory) for directory in directories if (directory / RESULT).is_file()]
+def ended(arm: Arm, seeds: Sequence[int]) -> tuple[list[Run], dict[int, str]]:
+    """The runs of a configuration that have a result, and of the failed ones, by seed, why.
+
+    A result that cannot be read is none.
+    """
+    runs, failures = [], {}
+    for cell in (Cell(arm, seed) for seed in seeds):
+        if (cell.directory / RESULT).is_file():
+            try:
+                runs.append(read_run(cell.directory))
+            except UserError as error:
+                failures[cell.seed] = f"{cell} cannot be read: {error}"
+        elif (cell.directory / ERROR).is_file():
+            why = last_error_line(cell)
+            failures[cell.seed] = f"{cell} failed: {why} ({cell.directory / ERROR})"
+    return runs, failures

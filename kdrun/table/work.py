@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 
+from kdrun.artefacts import MARKER
 from kdrun.catalogue import Catalogue
 from kdrun.errors import Interrupted, UserError
 from kdrun.files import write_atomically
@@ -16,7 +17,7 @@ from kdrun.interruption import SignalWatch
 from kdrun.members import member_run
 from kdrun.redaction import redact
 from kdrun.table.cells import Cell
-from kdrun.table.progress import ERROR, FINISHED, claim, claim_beside, failed_since
+from kdrun.table.progress import ERROR, claim, claim_beside, failed_since
 from kdrun.table.views import LineSink, View
 
 POLL_SECONDS = 1.0
@@ -62,7 +63,7 @@ def work(
             # A run that was already failing, or ending, has not looked at the signal.
             if watch.received:
                 raise Interrupted("kdrun table", signal_number=watch.received)
-            left = [cell for cell in cells if not (cell.directory / FINISHED).is_file()]
+            left = [cell for cell in cells if not (cell.directory / MARKER).is_file()]
             failed = [cell for cell in left if cell in tried or failed_since(cell, began)]
             untried = [cell for cell in left if cell not in failed]
             if not untried or (fail_fast and failed):
@@ -87,7 +88,7 @@ def _attempt(
     cells = [
         cell
         for cell in cells
-        if not (cell.directory / FINISHED).is_file() and not failed_since(cell, began)
+        if not (cell.directory / MARKER).is_file() and not failed_since(cell, began)
     ]
     if not cells:
         return

@@ -316,6 +316,51 @@ def test_store_ls_verify_and_gc(tmp_path: Path, capsys: pytest.CaptureFixture) -
     assert not (tmp_path / "store" / "alone" / "0123456789abcdef").exists()
 
 
+TORN = ["", '{"key": {', "null", "[]", "{}", '{"key": {}, "files": {"network.safetensors": 1}}']
+
+
+@pytest.mark.parametrize("text", TORN)
+def test_a_damaged_marker_hides_nothing_else(tmp_path: Path, capsys, text: str) -> None:
+    names = fill(tmp_path)
+    place = f"output_dir={tmp_path}"
+    marker = tmp_path / "store" / names["unused"] / MARKER
+    marker.write_text(text)
+    assert kdrun(["store", "ls", place]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split()[0] for line in lines[1:5]} > set(names.values())
+    assert len(lines) == 6 and lines[5].startswith(f"{marker} is damaged (")
+    assert kdrun(["store", "verify", place]) == 1
+    out = capsys.readouterr().out
+    assert f"{names['unused']}: DAMAGED: {MARKER}" in out and f"{names['used']}: sound" in out
+    # No run refers to it.
+    assert kdrun(["store", "gc", "--yes", place]) == 0
+    assert f"{marker} is damaged" in capsys.readouterr().out
+    assert not marker.exists() and (tmp_path / "store" / names["used"] / MARKER).exists()
+
+
+@pytest.mark.parametrize("torn", ["marker", "run"])
+def test_gc_keeps_what_a_damaged_file_may_refer_to(tmp_path: Path, capsys, torn: str) -> None:
+    names = fill(tmp_path)
+    run = tmp_path / "digits" / "a-b" / "kd-00000000" / "seed0"
+    path = tmp_path / "store" / names["recording"] / MARKER
+    path = path if torn == "marker" else run / "artefacts.json"
+    path.write_text("[]")
+    assert kdrun(["store", "gc", "--yes", f"output_dir={tmp_path}"]) == 0
+    out = capsys.readouterr().out
+    assert all((tmp_path / "store" / name / MARKER).exists() for name in names.values())
+    assert f"{names['unused']}: kept, who needs it stands in {path}, which is damaged" in out
+    assert "alone/0123456789abcdef: removed, unfinished" in out
+
+
+def test_a_run_behind_a_link_keeps_what_it_refers_to(tmp_path: Path, capsys) -> None:
+    names = fill(tmp_path / "outputs")
+    (tmp_path / "outputs" / "digits").rename(tmp_path / "large")
+    (tmp_path / "outputs" / "digits").symlink_to(tmp_path / "large")
+    assert kdrun(["store", "gc", "--yes", f"output_dir={tmp_path}/outputs"]) == 0
+    assert (tmp_path / "outputs" / "store" / names["used"] / MARKER).exists()
+    assert not (tmp_path / "outputs" / "store" / names["unused"]).exists()
+
+
 def test_gc_keeps_what_a_process_works_on(tmp_path: Path, capsys) -> None:
     def produce(directory: Path) -> None:
         (directory / CHECKPOINT).write_bytes(b"half")

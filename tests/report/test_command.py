@@ -7,6 +7,7 @@ import pytest
 
 from kdrun.catalogue import open_catalogue
 from kdrun.cli import run as kdrun
+from kdrun.report.formats import count, notes
 from kdrun.table.request import chosen_arms, chosen_table, read_request
 from kdrun.table.results import results_of_table
 
@@ -57,7 +58,21 @@ def test_a_table_is_read_from_run_directories(config_dir: Path, tmp_path: Path) 
     assert cells["Teacher", "a"].difference == -0.5
     assert cells["DKD", "a"].test.n == 1
     assert cells["KD", "b"].missing == "failed"
+    error = arms[1].directory / "seed1" / "error.txt"
+    assert cells["KD", "b"].failures == {1: f"KD / b / seed 1 failed: ValueError: no ({error})"}
     assert cells["DKD", "b"].missing == "not run"
+    # Of two seeds one has failed, or can no longer be read.
+    (arms[0].directory / "seed1").mkdir()
+    (arms[0].directory / "seed1" / "error.txt").write_text("MemoryError\n")
+    (arms[2].directory / "seed1").mkdir()
+    (arms[2].directory / "seed1" / "result.json").write_text('{"schema"')
+    half = results_of_table(request, catalogue)
+    assert [count(half.cells[row, "a"]) for row in half.rows] == ["1", *["1 of 2, 1 failed"] * 2]
+    told = notes(half)
+    assert f"KD / a / seed 1 failed: MemoryError ({arms[0].directory}/seed1/error.txt)" in told
+    (unread,) = [note for note in told if note.startswith("DKD / a / seed 1 cannot be read: ")]
+    assert f"{arms[2].directory}/seed1/result.json is damaged" in unread
+    assert len(told) == len(set(told)), "the rows of one run tell its failure once"
     # What is shown of a table does not change what its rows are tested against.
     part = results_of_table(
         read_request([*["two", f"output_dir={tmp_path}/out"], "rows=DKD"]), catalogue
@@ -96,6 +111,20 @@ def test_options_that_do_not_fit_the_runs(
     told = capsys.readouterr().err
     assert message in told
     assert told.count("\n") == 1
+
+
+def test_a_run_that_cannot_be_read_is_left_out_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path, "kd")
+    path = write_run(tmp_path, "dkd").directory / "result.json"
+    path.write_text("")
+    assert kdrun(["report", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert f"left out: {path} is damaged" in told
+    assert "\nkd  " in told and "\ndkd" not in told
+    assert kdrun(["report", str(path.parent)]) == 2
+    assert f"{path} is damaged" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["epoch=best"], ["rows=kd"]])

@@ -109,7 +109,7 @@ def test_json_is_the_csv_and_the_runs(results: Results) -> None:
     assert document["rows"] == ["Teacher", "KD", "D|KD"]
     lines = csv.DictReader(io.StringIO(as_csv(results)))
     for cell, line in zip(document["cells"], lines, strict=True):
-        assert cell.keys() - line.keys() == {"runs"}
+        assert cell.keys() - line.keys() == {"runs", "failures"}
         for key in ("mean", "p_value", "difference"):
             assert line[key] == ("" if cell[key] is None else str(cell[key]))
 

@@ -73,7 +73,7 @@ def test_a_teacher_that_learns_along_counts_in_every_run(tmp_path: Path) -> None
 def test_rows_of_a_method_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     for key, value in zip("abc", (16, 2, 8), strict=True):
         write_run(tmp_path, words=f"method.temperature={value} trainer.progress=off", key=key)
-    runs = read_runs(find_runs([tmp_path]))
+    runs, _ = read_runs(find_runs([tmp_path]))
     rows = [f"kd method.temperature={value}" for value in (2, 8, 16)]
     assert list(results_of_runs(runs, title="t").rows)[2:] == rows
 
@@ -134,7 +134,7 @@ def test_ten_thousand_runs_within_seconds(tmp_path: Path, methods: int) -> None:
         for seed in range(10_000 // methods):
             write_run(tmp_path, f"m{method}", seed, 90.0 + method / 1e4 + seed % 7, key="a")
     began = time.perf_counter()
-    runs = read_runs(find_runs([tmp_path]))
+    runs, _ = read_runs(find_runs([tmp_path]))
     results = results_of_runs(runs, title="t", baseline="m0")
     written = {name: write(results) for name, write in FORMATS.items()}
     seconds = time.perf_counter() - began

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,36 @@ def test_a_damaged_result_names_its_file(tmp_path: Path, text: str) -> None:
     (tmp_path / "result.json").write_text(text)
     with pytest.raises(UserError, match=r"result\.json is damaged"):
         read_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "told"),
+    [
+        ("schema", 2, "has the form 2 of another version of kdrun; this one reads 1"),
+        ("names", ["kd"], "is damaged: names is no dict"),
+        ("networks", None, "is damaged: networks is no dict"),
+        ("seed", "0", "is damaged: seed is no int"),
+    ],
+)
+def test_a_result_of_another_form_is_told(
+    tmp_path: Path, entry: str, value: object, told: str
+) -> None:
+    directory = write_run(tmp_path).directory
+    path = directory / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {entry: value}))
+    with pytest.raises(UserError, match=told):
+        read_run(directory)
+
+
+def test_runs_behind_links_are_found_once(tmp_path: Path) -> None:
+    """A folder of runs that was moved to a larger disk, and a link that leads in a circle."""
+    run = write_run(tmp_path / "large")
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "outputs" / "digits").symlink_to(tmp_path / "large" / "digits")
+    (tmp_path / "outputs" / "again").symlink_to(tmp_path / "large" / "digits")
+    (tmp_path / "large" / "digits" / "circle").symlink_to(tmp_path / "outputs")
+    (found,) = find_runs([tmp_path / "outputs"])
+    assert found.resolve() == run.directory.resolve()
 
 
 def test_an_unfinished_run_is_told(tmp_path: Path) -> None:

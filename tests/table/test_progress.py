@@ -39,6 +39,18 @@ def test_states_come_from_files_and_locks(cells: list[Cell]) -> None:
     assert last_error_line(missing) == "tried again by another process"
 
 
+def test_a_damaged_file_of_a_run_does_not_stop_the_others(cells: list[Cell]) -> None:
+    for cell in cells[:2]:
+        finish(cell, 10)
+    (cells[1].directory / "result.json").write_text('{"seconds"')
+    cells[2].directory.mkdir(parents=True)
+    (cells[2].directory / "error.txt").write_text("")
+    board = Board(cells)
+    assert board.counts() == "2 done, 1 failed, 1 missing"
+    assert board.seconds_of(cells[3]) == 10
+    assert last_error_line(cells[2]) == "nothing is known of it"
+
+
 def test_a_run_has_one_owner(cells: list[Cell]) -> None:
     with claim(cells[0]) as first, claim(cells[0]) as second, claim(cells[1]) as other:
         assert (first, second, other) == (True, False, True)
