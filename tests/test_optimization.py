@@ -91,6 +91,52 @@ def test_one_cycle(warmup: int) -> None:
     assert max(found) == pytest.approx(PEAK, rel=1e-2)
 
 
+def momenta(optimizer: torch.optim.Optimizer) -> list[float]:
+    """The momentum of every step of a one-cycle training."""
+    node = {"name": "onecycle", "warmup_epochs": 0, "milestones": [], "gamma": 0.1, "min_lr": 0.0}
+    scheduler = make_scheduler(node, optimizer, EPOCHS, STEPS)
+    found = []
+    for _ in range(TOTAL):
+        group = optimizer.param_groups[0]
+        found.append(group["betas"][0] if "betas" in group else group.get("momentum", 0.0))
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options", "lowest", "highest"),
+    [
+        ("SGD", {"momentum": 0.9}, 0.85, 0.95),  # what torch would do with any
+        ("SGD", {"momentum": 0.5}, 0.45, 0.55),
+        ("SGD", {"momentum": 0.02}, 0.01, 0.03),
+        ("SGD", {"momentum": 0.98}, 0.97, 0.99),
+        ("SGD", {}, 0.0, 0.0),
+        ("RMSprop", {}, 0.0, 0.0),
+        ("Adagrad", {}, 0.0, 0.0),
+        ("AdamW", {}, 0.85, 0.95),
+        ("AdamW", {"betas": (0.8, 0.98)}, 0.75, 0.85),
+    ],
+)
+def test_one_cycle_moves_the_momentum_around_what_was_given(
+    optimizer: str, options: dict[str, Any], lowest: float, highest: float
+) -> None:
+    parameters = [nn.Parameter(torch.zeros(1))]
+    found = momenta(getattr(torch.optim, optimizer)(parameters, PEAK, **options))
+    assert (found[0], max(found)) == (highest, highest)
+    assert min(found) == pytest.approx(lowest, abs=1e-3)
+
+
+def test_one_cycle_of_a_trial_that_is_shorter_than_its_warm_up() -> None:
+    """``dry=true`` has one epoch, of one step."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], PEAK)
+    node = {"name": "onecycle", "warmup_epochs": 8, "milestones": [], "gamma": 0.1, "min_lr": 0.0}
+    scheduler = make_scheduler(node, optimizer, epochs=1, steps_per_epoch=1)
+    optimizer.step()
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(PEAK)
+
+
 def test_an_unknown_schedule() -> None:
     with pytest.raises(ValueError, match="unknown schedule 'exponential'"):
         rates(name="exponential")
