@@ -22,9 +22,11 @@ from kdrun.tasks.task import Task
 
 @runtime_checkable
 class HasLastLayer(Protocol):
-    """A network that tells its last layer, and the network below that, as transformers' do."""
+    """A network that tells its last layer, as transformers' do, and what is below it.
 
-    base_model: nn.Module
+    The network below is its ``base_model``. That is not asked for here: from Python 3.12 on,
+    ``isinstance`` looks past what a module keeps as a child.
+    """
 
     def get_output_embeddings(self) -> nn.Module:
         """The layer that gives the logits."""
@@ -83,11 +85,13 @@ class LanguageModelling(Task):
             ValueError: the network does not tell them, or does more to its logits than that layer
                 (caps or scales them).
         """
-        if not isinstance(network, HasLastLayer):
+        if not isinstance(network, HasLastLayer) or not isinstance(
+            below := getattr(network, "base_model", None), nn.Module
+        ):
             raise ValueError("it does not tell its last layer; set task.chunk=null")
         head = network.get_output_embeddings()
         bias = None if head.bias is None else head.bias[: self.num_classes]
-        hidden = network.base_model(batch.inputs).last_hidden_state
+        hidden = below(batch.inputs).last_hidden_state
         if network not in self._compared:
             if not _is_all(head, network, batch.inputs[:1, :2]):
                 raise ValueError("its logits are not its last layer's alone; set task.chunk=null")
