@@ -65,12 +65,15 @@ def _cache(config: Mapping[str, Any]) -> Iterator[str]:
             f"teacher.cache_views: {epochs} epochs cannot use {teacher['cache_views']} "
             "augmentations; lower it or raise training.epochs"
         )
-    mix = config["dataset"].get("mix") or {}
-    if mix.get("mixup") or mix.get("cutmix"):
-        yield (
-            "teacher.cache: mixed images have no recorded outputs; set dataset.mix.mixup=0 and "
-            "dataset.mix.cutmix=0, or teacher.cache=none"
-        )
+    # A data set of which few samples have labels holds another.
+    dataset = config["dataset"]
+    for place, node in (("dataset", dataset), ("dataset.data", dataset.get("data"))):
+        mix = (node.get("mix") if isinstance(node, Mapping) else None) or {}
+        if mix.get("mixup") or mix.get("cutmix"):
+            yield (
+                f"teacher.cache: mixed images have no recorded outputs; set {place}.mix.mixup=0 "
+                f"and {place}.mix.cutmix=0, or teacher.cache=none"
+            )
 
 
 def _schedule(

@@ -165,6 +165,28 @@ def array_path(directory: Path, name: str, augmentation: int) -> Path:
     return directory / f"{name}.{augmentation}.npy"
 
 
+def is_written(directory: Path, augmentation: int, rows: int, sample: Mapping[str, Tensor]) -> bool:
+    """Whether an earlier attempt has left all arrays of an augmentation, none of them torn.
+
+    Args:
+        directory: of the recording.
+        augmentation: its number.
+        rows: samples that it must have.
+        sample: the arrays of a few samples.
+    """
+    arrays = {name: values.cpu().numpy() for name, values in sample.items()}
+    if augmentation == 0:
+        arrays["index"] = np.zeros(1, np.int64)
+    for name, like in arrays.items():
+        try:
+            found = np.load(array_path(directory, name, augmentation), mmap_mode="r")
+        except (FileNotFoundError, ValueError, EOFError):
+            return False
+        if found.shape != (rows, *like.shape[1:]) or found.dtype != like.dtype:
+            return False
+    return True
+
+
 def refuse_without_space(directory: Path, size: int) -> None:
     """Check that ``size`` bytes fit; a memory-mapped write to a full disk would kill the process.
 

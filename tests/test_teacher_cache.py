@@ -157,16 +157,68 @@ def test_the_size_is_said_before_anything_is_written(root, monkeypatch) -> None:
         cached(root, "teacher.cache_seed=3")
 
 
-def test_an_interrupted_recording_goes_on(root) -> None:
+def test_an_interrupted_recording_goes_on(root, monkeypatch) -> None:
     words = ("teacher.cache_views=2", "teacher.cache_seed=11")
     directory = recording_of(root, cached(root, *words)[0])
     first, second = (array_path(directory, "inputs.logits", number) for number in (0, 1))
     written, expected = first.stat().st_mtime_ns, second.read_bytes()
     second.unlink()
     (directory / "artefact.json").unlink()
+    # No more room than for what is missing.
+    room = shutil._ntuple_diskusage(1, 1, SAMPLES * 10 * 2)
+    monkeypatch.setattr(recording_module.shutil, "disk_usage", lambda _: room)
     cached(root, *words, "rerun=true")
     assert first.stat().st_mtime_ns == written
     assert second.read_bytes() == expected
+
+
+@pytest.mark.parametrize("left", [0, 100, 1000])
+def test_what_an_interrupted_recording_left_torn_is_written_again(root, left: int) -> None:
+    words = ("teacher.cache_seed=12",)
+    directory = recording_of(root, cached(root, *words)[0])
+    for name in ("index", "inputs.logits"):
+        path = array_path(directory, name, 0)
+        expected = path.read_bytes()
+        path.write_bytes(expected[:left])
+        (directory / "artefact.json").unlink()
+        cached(root, *words, "rerun=true")
+        assert path.read_bytes() == expected
+
+
+@pytest.mark.parametrize("form", ["teacher.precision=bf16", "teacher.fold=true"])
+def test_a_cheaper_teacher_has_a_recording_of_its_own(root, form: str) -> None:
+    exact, _ = cached(root)
+    cheaper, directory = cached(root, form)
+    files = [array_path(recording_of(root, r), "inputs.logits", 0) for r in (exact, cheaper)]
+    assert files[0] != files[1]
+    ours, theirs = (np.load(file).astype(np.float32) for file in files)
+    assert 0 < np.abs(ours - theirs).max() < 2**-5 * np.abs(theirs).max()
+    assert "it agrees with its exact self" in (directory / "log.txt").read_text()
+
+
+def test_few_labelled_samples_that_are_drawn_with_replacement(root) -> None:
+    """Only those are recorded, and one that is drawn twice looks the same both times."""
+    words = (
+        *("dataset=digits_few_shot", "dataset.shots=3", "dataset.steps=2"),
+        *("dataset.data.augmentation.crop_padding=1", "teacher.cache_views=2"),
+    )
+    chosen = [word for word in WORDS if word != "dataset.augmentation.crop_padding=1"]
+    result, _ = run(root, *chosen, *words, "teacher.cache=logits")
+    config = tiny_config(root, *chosen, *words).values
+    data = instantiate(config["dataset"])
+    data.prepare()
+    recording = opened(recording_of(root, result), Dense(torch.float16))
+    teacher = rebuilt(root, result)[1].teachers["teacher"]
+    loader = data.train(batch_size=64, seed=0, device="cpu", cycle=AugmentationCycle(0, 2))
+    for epoch in range(4):
+        loader.set_epoch(epoch)
+        for batch in loader:
+            assert len(batch.index.unique()) <= 30 < len(batch)
+            with torch.no_grad():
+                live = run_network(task(), teacher, batch)
+            kept = recording(batch)
+            torch.testing.assert_close(kept.logits, live.logits, rtol=2**-10, atol=2e-3)
+    run(root, *chosen, *words, "teacher.cache=logits", "dry=true")
 
 
 # -- top k -----------------------------------------------------------------------------------------

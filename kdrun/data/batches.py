@@ -197,9 +197,11 @@ class BatchMaker:
                 # Named by content, so that a view's draws do not depend on which others are asked.
                 named = self.options.augmentation(epoch)
                 words = (*named, AUGMENTATION, zlib.crc32(name.encode()))
-                # A sample that is drawn twice is augmented in two ways.
-                once = self.options.draws is None
-                drawn = augmentation.draw(len(order), self.shape, stream(*words))
+                # A sample that is drawn twice is augmented in two ways, unless its number and that
+                # of the augmentation are to name what is shown.
+                once = self.options.draws is None or self.options.cycle is not None
+                count = self.size if once else len(order)
+                drawn = augmentation.draw(count, self.shape, stream(*words))
                 draws[name] = {
                     key: (value[order] if once else value).to(device)
                     for key, value in drawn.items()

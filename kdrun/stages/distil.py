@@ -22,7 +22,7 @@ from kdrun.errors import UserError
 from kdrun.evaluation import evaluate
 from kdrun.given_weights import refuse_other_start
 from kdrun.layers.frozen import fold_batch_norm, run_in_bfloat16
-from kdrun.stages.recorded import open_recording
+from kdrun.stages.recorded import is_approximate, open_recording
 from kdrun.stages.stage import Context, Stage
 from kdrun.stages.train import existing_file, initial_student, load_network
 from kdrun.stages.training import (
@@ -167,11 +167,6 @@ class Distil(Stage):
             context.console.say(
                 f"warning: that is little; without {options} it teaches what it learned"
             )
-
-
-def is_approximate(node: Mapping[str, Any]) -> bool:
-    """Whether a frozen network is run in a cheaper form while a student is trained."""
-    return node["precision"] != 32 or node["fold"]
 
 
 def in_cheaper_form(network: nn.Module, node: Mapping[str, Any], data: DataModule) -> nn.Module:

@@ -13,9 +13,9 @@ from kdrun.assembly import Assembly, moved, sample_batch
 from kdrun.data.loader import LoaderOptions
 from kdrun.evaluation import evaluation_device
 from kdrun.recording import (
-    array_path,
     describe,
     encode_views,
+    is_written,
     refuse_without_space,
     write_augmentation,
 )
@@ -61,23 +61,27 @@ class RecordTeacher(Stage):
         recorder = _Recorder(context, assembly)
         cycle = recorder.cycle
         sample = recorder.sample()
-        size = sum(values[0].nbytes for values in sample.values()) * recorder.rows * cycle.length
+        size = sum(values[0].nbytes for values in sample.values()) * recorder.rows
         context.console.say(
             f"{name}: {context.config[ENTRY]['cache']} of {recorder.rows:,} samples under "
-            f"{cycle.length} augmentations, {in_words(size)}"
+            f"{cycle.length} augmentations, {in_words(size * cycle.length)}"
+        )
+        missing = distributed.broadcast(
+            [
+                number
+                for number in range(cycle.length)
+                if not is_written(directory, number, recorder.rows, sample)
+            ]
         )
         if distributed.rank() == 0:
-            refuse_without_space(directory, size)
+            refuse_without_space(directory, size * len(missing))
             describe(directory, description(context, assembly))
-        for number in range(cycle.length):
-            arrays = ["index", *sample] if number == 0 else sample
-            done = all(array_path(directory, array, number).exists() for array in arrays)
-            if not distributed.broadcast(done):
-                pieces = recorder.pieces(number)
-                write_augmentation(directory, number, recorder.rows, pieces)
+        for number in missing:
+            write_augmentation(directory, number, recorder.rows, recorder.pieces(number))
 
     def _assembly(self, context: Context) -> Assembly:
-        assembly = assemble_run(context)
+        # In the form in which the teacher would run: cheaper where that is asked for.
+        assembly = assemble_run(context, training=True)
         node = context.config[ENTRY]
         refuse_unrecordable(node, assembly.method, context.data.num_classes)
         return assembly
@@ -94,17 +98,19 @@ class _Recorder:
         self.run = live_teacher(context, assembly, self.device)
         self.dtype = computing_dtype(context)
         batch_size = context.config["training"]["batch_size"]
-        self.rows, limit = context.data.train_size, context.limit_batches
-        if limit is None:
+        # Methods that learn from samples without labels have no recorded teacher.
+        self.rows, limit = context.data.labelled_size, context.limit_batches
+        only_first = limit is not None and limit * batch_size < self.rows
+        if only_first:  # A trial needs only the batches that it will train on.
+            self.rows = limit * batch_size
+        else:
             batch_size = context.data.evaluation_batch_size(batch_size)
-        else:  # A trial needs only the batches that it will train on.
-            self.rows = min(self.rows, limit * batch_size)
         self.options = LoaderOptions(
             batch_size=batch_size,
             seed=data_seed(context.config, "student", context.config["seed"]),
             rank=distributed.rank(),
             world_size=distributed.world_size(),
-            shuffle=limit is not None,
+            shuffle=only_first,
         )
 
     def sample(self) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -23,8 +23,15 @@ STAGE = "teacher_outputs"
 """The stage of the recipe that records."""
 ENTRY = "teacher"
 """The config entry whose network is recorded."""
+FORM = ("precision", "fold")
+"""Options of the entry that say in which form its network runs while a student is trained."""
 CHECKED_SAMPLES = 8
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
+
+
+def is_approximate(node: Mapping[str, Any]) -> bool:
+    """Whether a frozen network is run in a cheaper form while a student is trained."""
+    return node["precision"] != 32 or node["fold"]
 
 
 def recorded_role(method: Method) -> str | None:
@@ -99,15 +106,18 @@ def encoding_of(context: Context, assembly: Assembly) -> Encoding:
 def description(context: Context, assembly: Assembly) -> dict[str, Any]:
     """Everything that the recorded outputs depend on, as plain values."""
     cycle, role = cycle_of(context), recorded_role(assembly.method)
-    return {
+    node = context.config[ENTRY]
+    # Named only where it is used, so that recordings of exact networks keep their names.
+    form = {"form": {name: node[name] for name in FORM}} if is_approximate(node) else {}
+    return form | {
         "format": FORMAT,
         "teacher": context.artefacts[ENTRY].name,
-        "weights": context.config[ENTRY]["weights"],
+        "weights": node["weights"],
         "data and transform": context.data.fingerprint,
         "augmentation seed": cycle.seed,
         "augmentations": cycle.length,
         "views": list(assembly.method.views),
-        "outputs": context.config[ENTRY]["cache"],
+        "outputs": node["cache"],
         "taps": list(assembly.method.taps().get(role or "", ())),
         "encoding": encoding_of(context, assembly).description(),
         "precision": str(context.config["trainer"]["precision"]),
@@ -177,7 +187,7 @@ def rounding(context: Context, device: torch.device) -> float:
     Half precision rounds to 2^-11; accelerators multiply in shorter formats, and in another order
     for another batch size.
     """
-    if context.config["trainer"]["precision"] == "bf16":
+    if "bf16" in (context.config["trainer"]["precision"], context.config[ENTRY]["precision"]):
         return 2**-4
     return 2**-10 if device.type == "cpu" else 2**-6
 

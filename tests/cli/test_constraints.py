@@ -57,7 +57,11 @@ from kdrun.errors import ConfigErrors
         ),
         (
             ["teacher.cache=logits", "dataset.mix.cutmix=1.0"],
-            "teacher.cache: mixed images have no recorded outputs",
+            "teacher.cache: mixed images have no recorded outputs; set dataset.mix.mixup=0 and",
+        ),
+        (
+            ["teacher.cache=logits", "dataset=digits_few_shot", "dataset.data.mix.mixup=0.2"],
+            "teacher.cache: mixed images have no recorded outputs; set dataset.data.mix.mixup=0",
         ),
         (
             ["training.teacher.batch_size=63", "trainer=ddp"],
