@@ -17,21 +17,35 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MODES = {1: "L", 3: "RGB"}
+"""Pillow's name for images of so many channels."""
 
 
 def decode(source: ImageSource, number: int, channels: int) -> Image:
     """One image, converted to grey (1 channel) or RGB (3).
 
+    Of 16-bit grey the upper byte is kept, as Pillow does with 16-bit colour.
+
     Raises:
-        UserError: if it cannot be decoded; names the file or row.
+        UserError: if it cannot be decoded, or has no fixed range of values (32-bit integers,
+            floating point); names the file or row.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(io.BytesIO(source.read(number))) as image:
+            if image.mode.startswith("I;16"):  # Pillow would make white of all that exceeds 255.
+                bytes_ = (np.asarray(image) >> 8).astype(np.uint8)
+                return Image.fromarray(bytes_).convert(MODES[channels])
+            if image.mode in ("I", "F"):
+                raise UserError(
+                    f"{source.where(number)}: pixels of type {image.mode!r} (Pillow's name) have "
+                    "no fixed range; store them with 8 or 16 bits"
+                )
             return image.convert(MODES[channels])
     except UserError:
         raise
+    except UnidentifiedImageError as error:
+        raise UserError(f"cannot decode {source.where(number)}: not a known image") from error
     except Exception as error:
         # Decoders of damaged files run into whatever there is, from a missing key to a size that
         # no memory holds.
@@ -74,7 +88,7 @@ def decode_all(
 
     def fill(number: int) -> None:
         image = decode(source, number, channels)
-        if size is not None and image.size != (size, size):
+        if size is not None and (image.size != (size, size) or resize not in (None, size)):
             image = resize_and_crop(image, resize or size, size)
         array = to_array(image)
         if array.shape != out.shape[1:]:

@@ -11,17 +11,11 @@ from torch import Tensor
 
 from kdrun.data.augment import Augmentation, Mix
 from kdrun.data.batches import Preprocessing
+from kdrun.data.class_folders import is_folder_layout, open_folder, split_folder
 from kdrun.data.module import SPLIT_SEED, DataModule, Part
 from kdrun.data.normalise import Normalisation
 from kdrun.data.pixel_cache import decoded
-from kdrun.data.sources import (
-    ImageSource,
-    data_files,
-    data_folder,
-    is_folder_layout,
-    open_folder,
-    open_hub,
-)
+from kdrun.data.sources import ImageSource, data_files, data_folder, open_hub, stat_of
 from kdrun.data.splits import keep_classes, long_tail, per_class
 from kdrun.data.streaming import Geometry, StreamedSamples, default_workers
 from kdrun.errors import UserError
@@ -33,7 +27,8 @@ class Images(DataModule):
 
     ``name`` is looked up below ``KDRUN_DATA`` first, then as a path, then on the hub. A folder
     holds either the files of a hub data set (``train-*.parquet`` and so on) or one folder per
-    class below each split.
+    class below each split. Images are taken as they are stored: a camera's note that a picture is
+    to be turned (EXIF) is not followed, as in torchvision.
 
     Args:
         name: data set on the hub, or folder.
@@ -131,9 +126,11 @@ class Images(DataModule):
     def load(self) -> dict[str, Part]:
         """The splits with the chosen classes."""
         folder = data_folder(self.name)
+        splits = self.splits.values()
+        in_folders = folder is not None and any(is_folder_layout(folder, one) for one in splits)
         parts, names = {}, []
         for part, split in self.splits.items():  # train comes first and names the classes
-            samples, found = self._open(folder, split)
+            samples, found = self._open(folder, split, in_folders)
             names = names or found
             samples.target = _same_classes(samples.target, found, names, f"{self.name}, {split}")
             parts[part] = samples
@@ -168,9 +165,9 @@ class Images(DataModule):
         except ValueError as error:
             raise UserError(f"dataset.test_per_class={self.test_per_class}: {error}") from error
 
-    def _open(self, folder: Path | None, split: str) -> tuple[Part, list[str]]:
+    def _open(self, folder: Path | None, split: str, in_folders: bool) -> tuple[Part, list[str]]:
         def source() -> ImageSource:
-            if folder is not None and is_folder_layout(folder, split):
+            if folder is not None and in_folders:
                 return open_folder(folder, split)
             return open_hub(
                 self.name,
@@ -185,7 +182,7 @@ class Images(DataModule):
         if self.storage == "stream":
             return self._streamed(source())
         return decoded(
-            self._key(folder, split) if self.cache else "",
+            self._key(folder, split, in_folders) if self.cache else "",
             source,
             channels=self.channels,
             size=self.image_size,
@@ -203,14 +200,15 @@ class Images(DataModule):
         samples = StreamedSamples(source, source.target, index, content, geometry, workers)
         return samples, source.class_names
 
-    def _key(self, folder: Path | None, split: str) -> str:
+    def _key(self, folder: Path | None, split: str, in_folders: bool) -> str:
         """Names everything that decides which encoded images a split holds."""
         words = [split, self.image_column, self.label_column]
         if folder is None:
             return repr([*words, self.name, self.configuration, self.revision])
-        files = [
-            (str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in data_files(folder)
-        ]
+        files = []
+        for file in data_files(split_folder(folder, split) if in_folders else folder):
+            about = stat_of(file)
+            files.append((file.path, about.st_size, about.st_mtime_ns))
         return hashlib.sha256(repr([*words, self.configuration, files]).encode()).hexdigest()
 
 

@@ -133,6 +133,10 @@ class DataModule(ABC):
         validation, test = self.judged(validation), self.judged(test)
         self._parts = {"train": train, "validation": validation, "test": test}
         self.num_classes = len(self.class_names)
+        if self.task == "classification" and self.num_classes < 2:
+            raise UserError(
+                f"there is one class only, {self.class_names[0]!r}: nothing to tell apart"
+            )
         for name, part in self._parts.items():
             self._check_labels(name, part.target)
         self.input_shape = train.shape

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -16,8 +17,9 @@ import torch
 from kdrun.data.decode import check_memory, decode, decode_all, to_array
 from kdrun.data.resident import Samples
 from kdrun.data.sources import ImageSource
+from kdrun.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 
 
 def cache_root() -> Path:
@@ -39,7 +41,7 @@ def decoded(
 
     With ``cache`` they are decoded once and mapped from disk afterwards; the source is then not
     even opened. Two processes may fill the cache at once: each writes a folder of its own and the
-    first to finish moves it into place.
+    first to finish moves it into place. What cannot be read is thrown away and made again.
 
     Args:
         key: names everything that decides the content of the source.
@@ -50,7 +52,7 @@ def decoded(
         cache: whether to look into and fill the cache.
 
     Raises:
-        UserError: as ``decode_all`` and ``check_memory``.
+        UserError: as ``decode_all`` and ``check_memory``, and if the disk is too full.
     """
     if not cache:
         source = open_source()
@@ -59,8 +61,17 @@ def decoded(
         return _samples(images, source.target, ""), source.class_names
     words = json.dumps([FORMAT, key, channels, size, resize])
     folder = cache_root() / hashlib.sha256(words.encode()).hexdigest()[:20]
-    if not folder.is_dir():
-        _fill(folder, open_source(), channels, size, resize)
+    if folder.is_dir():
+        try:
+            return _read(folder)
+        except (FileNotFoundError, ValueError, KeyError, EOFError) as error:
+            print(f"{folder} cannot be read ({error}) and is made again", flush=True)
+            shutil.rmtree(folder, ignore_errors=True)
+    _fill(folder, open_source(), channels, size, resize)
+    return _read(folder)
+
+
+def _read(folder: Path) -> tuple[Samples, list[str]]:
     about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
     # Copy-on-write: a writable array for torch whose pages stay shared and whose file stays as is.
     images = np.load(folder / "images.npy", mmap_mode="c")
@@ -72,12 +83,12 @@ def _fill(
     folder: Path, source: ImageSource, channels: int, size: int | None, resize: int | None
 ) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
+    shape = _shape(source, channels, size, resize)
+    _check_disk(folder.parent, shape)
     print(f"decoding {len(source.target):,} images, once; kept in {folder.parent}", flush=True)
     scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
-        images = np.lib.format.open_memmap(
-            scratch / "images.npy", "w+", np.uint8, _shape(source, channels, size, resize)
-        )
+        images = np.lib.format.open_memmap(scratch / "images.npy", "w+", np.uint8, shape)
         decode_all(source, images, size=size, resize=resize)
         images.flush()
         content = _samples(images, source.target, "").content
@@ -92,6 +103,17 @@ def _fill(
                 raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _check_disk(folder: Path, shape: tuple[int, ...]) -> None:
+    """Writing to a mapped file on a full disk would end the process by a signal."""
+    needed, free = math.prod(shape), shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"the decoded images need {needed / 2**30:.1f} GiB and {folder} has "
+            f"{free / 2**30:.1f} GiB left: set XDG_CACHE_HOME to a folder on another disk, or "
+            "dataset.cache=false"
+        )
 
 
 def _shape(

@@ -1,10 +1,12 @@
-"""Encoded images with their classes: a hub data set, the same layout on disk, or class folders."""
+"""Encoded images with their classes: a hub data set, or the same layout on disk."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,8 +15,6 @@ import torch
 from torch import Tensor
 
 from kdrun.errors import UserError
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff")
 
 
 class ImageSource(Protocol):
@@ -50,7 +50,10 @@ def data_folder(name: str) -> Path | None:
     if root and not Path(root).is_dir():
         raise UserError(f"KDRUN_DATA={root} is not a folder")
     candidates = [Path(root, name)] if root else []
-    candidates.append(Path(name).expanduser())
+    try:
+        candidates.append(Path(name).expanduser())
+    except RuntimeError as error:  # ``~user`` of nobody.
+        raise UserError(f"dataset.name={name}: there is no such user") from error
     for candidate in candidates:
         if candidate.is_dir():
             return candidate
@@ -61,67 +64,55 @@ def data_folder(name: str) -> Path | None:
     return None
 
 
-def content_of(files: Iterable[Path], root: Path) -> str:
+def content_of(files: Iterable[os.PathLike[str]], root: Path) -> str:
     """Hash of the names and sizes of ``files``: cheap, and equal for copies of the same data."""
-    digest = hashlib.sha256()
+    digest, above = hashlib.sha256(), os.path.join(root, "")
     for file in files:
-        try:
-            size = file.stat().st_size
-        except OSError as error:  # A link that leads nowhere, or in a circle.
-            raise UserError(f"cannot read {file}: {error.strerror}") from error
-        digest.update(f"{file.relative_to(root)} {size}\n".encode())
+        name = os.fspath(file).removeprefix(above)
+        digest.update(os.fsencode(f"{name} {stat_of(file).st_size}\n"))
     return digest.hexdigest()
 
 
-# -- class folders -------------------------------------------------------------------------------
-
-
-@dataclass
-class FolderSource:
-    """``<root>/<split>/<class>/<image>``; classes in alphabetical order, as in torchvision."""
-
-    files: list[Path]
-    target: Tensor
-    class_names: list[str]
-    content: str
-
-    def read(self, number: int) -> bytes:
-        """The bytes of the file."""
-        return self.files[number].read_bytes()
-
-    def where(self, number: int) -> str:
-        """The file."""
-        return str(self.files[number])
-
-
-def is_folder_layout(root: Path, split: str) -> bool:
-    """Whether ``<root>/<split>/`` holds a folder per class."""
-    folder = root / split
-    return folder.is_dir() and any(entry.is_dir() for entry in os.scandir(folder))
-
-
-def open_folder(root: Path, split: str) -> FolderSource:
-    """The images below ``<root>/<split>``.
+def stat_of(file: os.PathLike[str]) -> os.stat_result:
+    """Size and times of a file; those of a directory entry are asked for once.
 
     Raises:
-        UserError: if there is no such split, or a class without images; names the folder.
+        UserError: for a link that leads nowhere, or in a circle.
     """
-    folder = root / split
-    if not is_folder_layout(root, split):
-        present = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-        raise UserError(f"{folder} has no class folders; {root} holds {', '.join(present) or '-'}")
-    class_names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-    files, counts = [], []
-    for name in class_names:
-        found = sorted(
-            path for path in (folder / name).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES
-        )
-        if not found:
-            raise UserError(f"{folder / name} holds no image ({', '.join(IMAGE_SUFFIXES)})")
-        files += found
-        counts.append(len(found))
-    target = torch.arange(len(class_names)).repeat_interleave(torch.tensor(counts))
-    return FolderSource(files, target, class_names, content_of(files, root))
+    try:
+        return file.stat() if isinstance(file, os.DirEntry) else os.stat(file)
+    except OSError as error:
+        raise UserError(f"cannot read {os.fspath(file)}: {error.strerror}") from error
+
+
+def data_files(
+    folder: os.PathLike[str], above: frozenset[str] = frozenset()
+) -> Iterator[os.DirEntry[str]]:
+    """All files below a folder in a fixed order, hidden ones left out; links are followed.
+
+    Args:
+        folder: where to begin.
+        above: the folders that hold it, as far as the search has come.
+
+    Raises:
+        UserError: if a folder cannot be read, or a link leads back to a folder that holds it.
+    """
+    try:
+        here = os.path.realpath(folder)
+        if here in above:
+            raise UserError(f"{os.fspath(folder)} is a link back to {here}, which holds it")
+        with os.scandir(folder) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+        folders = {entry.name for entry in entries if entry.is_dir()}
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        if entry.name in folders:
+            yield from data_files(entry, above | {here})
+        else:
+            yield entry
 
 
 # -- hub data sets --------------------------------------------------------------------------------
@@ -137,16 +128,27 @@ class HubSource:
     class_names: list[str]
     content: str
     label: str
+    tables: list[Path]
 
     def read(self, number: int) -> bytes:
         """The bytes stored in the row, or of the file it points at."""
         image = self.rows[number][self.image_column]
-        if image is None:
+        if isinstance(image, bytes):
+            return image
+        if image is None or (image["bytes"] is None and image.get("path") is None):
             raise UserError(f"{self.where(number)} holds no image")
         return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
 
     def where(self, number: int) -> str:
-        """The data set, split and row."""
+        """The file and its row; of a set from the hub, the data set, split and row."""
+        from pyarrow import parquet
+
+        sizes = [parquet.read_metadata(table).num_rows for table in self.tables]
+        if sum(sizes) == len(self.rows):
+            for table, size in zip(self.tables, sizes, strict=True):
+                if number < size:
+                    return f"{table}, row {number}"
+                number -= size
         return f"{self.label}, row {number}"
 
 
@@ -166,7 +168,7 @@ def open_hub(
         name: on the hub.
         split: as the data set calls it.
         folder: the local copy; None asks the hub.
-        image_column: column of the images.
+        image_column: column of the images, which may be plain bytes.
         label_column: column of the classes, numbers or text.
         configuration: of data sets that have several.
         revision: commit or tag on the hub.
@@ -178,14 +180,53 @@ def open_hub(
 
     columns = {"image_column": image_column, "label_column": label_column}
     rows = open_split(name, split, columns, folder, configuration, revision)
-    if not isinstance(rows.features[image_column], datasets.Image):
+    if not _holds_images(rows.features[image_column]):
         raise UserError(f"{folder or name}: the column {image_column!r} does not hold images")
     rows = rows.select_columns([image_column, label_column])
-    rows = rows.cast_column(image_column, datasets.Image(decode=False))
+    if isinstance(rows.features[image_column], datasets.Image):
+        rows = rows.cast_column(image_column, datasets.Image(decode=False))
     label = f"{folder or name}, {split}"
     target, class_names = classes_of(rows, label_column, label)
     content = f"{split} {content_of(data_files(folder), folder) if folder else _stored_as(rows)}"
-    return HubSource(rows, image_column, target, class_names, content, label)
+    tables = tables_of(folder, split) if folder else []
+    return HubSource(rows, image_column, target, class_names, content, label, tables)
+
+
+def _holds_images(feature: Any) -> bool:
+    """Whether a column is one of images, of encoded bytes, or of records with such ``bytes``.
+
+    The latter two are what other writers of parquet leave.
+    """
+    import datasets
+
+    if isinstance(feature, dict):
+        feature = feature.get("bytes")
+    is_bytes = getattr(feature, "dtype", None) in ("binary", "large_binary")
+    return isinstance(feature, datasets.Image) or is_bytes
+
+
+def tables_of(folder: Path, split: str) -> list[Path]:
+    """The parquet files of a split, ``<split>-*.parquet``, ``<split>.parquet`` or
+    ``<split>/*.parquet``, in the order of their rows.
+
+    Raises:
+        UserError: if one of ``<split>-00000-of-00003.parquet`` and so on is not there.
+    """
+    tables, missing = [], {}
+    for file in map(Path, data_files(folder)):
+        if file.suffix != ".parquet":
+            continue
+        if file.parent.name == split or re.split("[-.]", file.name)[0] == split:
+            tables.append(file)
+        numbered = re.match(r"(.+)-(\d{5})-of-(\d{5})", file.name)
+        if numbered and numbered[1] == split:
+            among = (file.parent, int(numbered[3]))
+            missing.setdefault(among, set(range(among[1]))).discard(int(numbered[2]))
+    for (parent, count), numbers in missing.items():
+        if numbers:
+            name = f"{split}-{min(numbers):05d}-of-{count:05d}.parquet"
+            raise UserError(f"{parent} lacks {name}")
+    return tables
 
 
 def _stored_as(rows: Any) -> str:
@@ -216,10 +257,13 @@ def open_split(
     """
     import datasets
 
+    if folder and configuration is None:
+        tables_of(folder, split)
     try:
-        loaded = datasets.load_dataset(
-            str(folder or name), configuration, revision=None if folder else revision
-        )
+        with _one_line_only() if folder else contextlib.nullcontext():
+            loaded = datasets.load_dataset(
+                str(folder or name), configuration, revision=None if folder else revision
+            )
     except Exception as error:
         # Besides the library's own errors, whatever its readers meet in damaged files.
         raise UserError(_why_not_loaded(name, folder, error)) from error
@@ -256,13 +300,17 @@ def classes_of(rows: Any, column: str, label: str) -> tuple[Tensor, list[str]]:
     return target, [str(value) for value in known]
 
 
-def data_files(folder: Path) -> list[Path]:
-    """All files below a folder but hidden ones, in a fixed order."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file() and not any(part.startswith(".") for part in path.parts[-2:])
-    )
+@contextlib.contextmanager
+def _one_line_only() -> Iterator[None]:
+    """Keep the datasets library from reporting what we report: by a line that names the file."""
+    from datasets.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _why_not_loaded(name: str, folder: Path | None, error: Exception) -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import sys
 
 import numpy as np
@@ -97,6 +98,17 @@ def test_sizes_and_channels(hub_folder):
     module = prepared(image_size=6, channels=1, mean=[0.5], std=[0.5])
     assert module.input_shape == (1, 6, 6)
     assert next(iter(module.test(batch_size=2, device="cpu"))).inputs.shape == (2, 1, 6, 6)
+
+
+def test_an_image_of_the_right_size_is_resized_before_its_centre_is_cut(hub_folder):
+    options = {"image_size": 10, "resize": 14, "augmentation": None}
+    batches = [
+        next(iter(prepared(storage=storage, **options).test(batch_size=12, device="cpu")))
+        for storage in ("resident", "stream")
+    ]
+    assert torch.equal(batches[0].inputs, batches[1].inputs)
+    as_stored = next(iter(prepared().test(batch_size=12, device="cpu")))
+    assert not torch.allclose(batches[0].inputs, as_stored.inputs, atol=1)
 
 
 @pytest.mark.parametrize("classes", [["eel", "cat"], [2, 0]])
@@ -215,7 +227,7 @@ def test_a_corrupt_image_in_a_row_is_named(hub_folder, hub_cache):
         lambda row, n: {"img": {"bytes": b"x", "path": None}} if n == 7 else row, with_indices=True
     )
     rows.to_parquet(path)
-    assert "owner/animals, train, row 7: " in refusal(animals())
+    assert f"cannot decode {path}, row 7: not a known image" == refusal(animals())
 
 
 def test_images_of_different_sizes(class_folders):
@@ -237,6 +249,14 @@ def test_a_class_that_train_has_not(class_folders):
     (class_folders / "test" / "cat").rename(class_folders / "test" / "fox")
     message = refusal(Images(name=str(class_folders), image_size=8, **PLAIN))
     assert "has a class 'fox' that train has not" in message
+
+
+def test_one_class(class_folders):
+    for split in ("train", "test"):
+        for name in ("dog", "eel"):
+            shutil.rmtree(class_folders / split / name)
+    message = refusal(Images(name=str(class_folders), image_size=8, **PLAIN))
+    assert message == "there is one class only, 'cat': nothing to tell apart"
 
 
 def test_too_few_images_for_few_shot(hub_folder):
