@@ -34,8 +34,8 @@ class Augmentation:
             cut at a random place.
         flip: probability of mirroring left to right.
         policy: ``randaugment`` (one strength for all operations), ``trivialaugment`` (random
-            strengths in wide ranges; use one round) or ``fixmatch`` (random strengths in the ranges
-            of FixMatch's strong view).
+            strengths in wide ranges; one round) or ``fixmatch`` (random strengths in the ranges of
+            FixMatch's strong view).
         policy_rounds: operations per image, one after the other.
         policy_magnitude: strength of ``randaugment``, 0 to 30.
         brightness: factors are uniform in [1 - x, 1 + x]; likewise contrast and saturation.
@@ -64,6 +64,8 @@ class Augmentation:
         cutout_side: Literal["fixed", "uniform"] = "fixed",
         cutout_fill: Annotated[int, Interval(low=0, high=255)] = 0,
     ) -> None:
+        if policy == "trivialaugment" and policy_rounds != 1:
+            raise ValueError("trivialaugment is one operation per image: set policy_rounds=1")
         self.crop_padding, self.flip = crop_padding, flip
         self.policy, self.policy_rounds = policy, policy_rounds
         self.policy_magnitude = policy_magnitude

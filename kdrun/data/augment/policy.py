@@ -24,8 +24,8 @@ class Operation:
     """One operation with its range of values, ``low`` at strength 0 and ``high`` at strength 1.
 
     Units: shear as a ratio, translation as a share of the side (or pixels, see ``Policy``),
-    rotation in degrees, blends as the enhancement factor minus 1, posterize in bits (rounded down),
-    solarize as the threshold.
+    rotation in degrees, blends as the enhancement factor minus 1, posterize in bits and solarize as
+    the threshold, both rounded down.
     """
 
     name: str
@@ -61,7 +61,9 @@ def _operations(
         Operation("rotate", 0, angle, signed=True),
         *(Operation(name, 0, blend, signed=True) for name in BLENDS),
         Operation("posterize", *bits),
-        Operation("solarize", 255, 0),
+        # A threshold of 178.5 inverts from 179 on. With three quarters more, rounding down is
+        # rounding up: at 31 strengths, thresholds are multiples of a half.
+        Operation("solarize", 255.75, 0.75),
         Operation("autocontrast"),
         Operation("equalize"),
     )

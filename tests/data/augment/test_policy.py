@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torchvision.transforms import v2
@@ -94,7 +96,9 @@ def test_randaugment_has_torchvisions_values(magnitude):
     space = v2.RandAugment._AUGMENTATION_SPACE
     for name, number in (("Posterize", 0), ("Solarize", 1)):
         value = float(space[name][0](31, 16, 12)[magnitude])
-        value = value * 255 if name == "Solarize" else value
+        if name == "Solarize":
+            # A value is inverted from the threshold on; 1e-4 is lost to single precision there.
+            value = math.ceil(value * 255 - 1e-4)
         assert (draws["level"].flatten()[operation == number] == int(value)).all()
     bright = draws["factor"].flatten()[operation == NAMES.index("brightness")]
     change = 0.9 * magnitude / 30
@@ -103,6 +107,65 @@ def test_randaugment_has_torchvisions_values(magnitude):
     # The constant of the map holds half a pixel besides the shift.
     shift = int(150 / 331 * 12 * magnitude / 30)
     assert set(((moved[:, 2] - 32768) // 65536).tolist()) == {shift, -shift}
+
+
+THEIR_NAMES = {
+    "shear_x": "ShearX",
+    "shear_y": "ShearY",
+    "translate_x": "TranslateX",
+    "translate_y": "TranslateY",
+    "saturation": "Color",
+    "autocontrast": "AutoContrast",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs", "magnitude"),
+    [
+        ("randaugment", v2.RandAugment, 1),
+        ("randaugment", v2.RandAugment, 9),
+        ("randaugment", v2.RandAugment, 29),
+        ("trivialaugment", v2.TrivialAugmentWide, None),
+    ],
+)
+def test_every_result_is_one_of_torchvisions(name, theirs, magnitude):
+    """Every operation, at the strengths that torchvision's own transform would draw."""
+    count = 300 if magnitude is not None else 80
+    images = pictures(count)
+    images[:, :, ::3] = torch.arange(12 * 6, dtype=torch.uint8).view(6, 12) * 3 + 30  # all greys
+    draws = draw(name, count, magnitude=magnitude)
+    results = apply_policy(images, draws)
+    space, transform = theirs._AUGMENTATION_SPACE, theirs()
+    for image, result, number in zip(
+        images, results, draws["operation"][:, 0].tolist(), strict=True
+    ):
+        ours = NAMES[number] if number >= 0 else "identity"
+        their_name = THEIR_NAMES.get(ours, ours.capitalize())
+        strengths, signed = space[their_name]
+        strengths = strengths(31, 16, 12)
+        chosen = [0.0]
+        if strengths is not None:
+            chosen = strengths.tolist() if magnitude is None else [strengths[magnitude].item()]
+        if signed:
+            chosen += [-value for value in chosen]
+        picture = functional.to_pil_image(image)
+        possible = [
+            functional.pil_to_tensor(
+                transform._apply_image_or_video_transform(
+                    picture,
+                    their_name,
+                    # Single precision moves some thresholds off the whole number they stand for.
+                    round(value * 510) / 510 if their_name == "Solarize" else value,
+                    interpolation=transform.interpolation,
+                    fill=transform._fill,
+                )
+            )
+            for value in chosen
+        ]
+        # Likewise for factors of blends: a product that is nearly whole may be rounded down.
+        allowed = 1 if ours in BLENDS else 0
+        nearest = min((result.int() - one.int()).abs().max() for one in possible)
+        assert nearest <= allowed, ours
 
 
 def test_fixmatch_blends_between_five_and_ninety_five_percent():
@@ -171,3 +234,6 @@ def test_values_out_of_range_are_refused():
         Augmentation(flip=1.5)
     with pytest.raises(ValueError, match="policy must be one of none, randaugment"):
         Augmentation(policy="randaug")
+    with pytest.raises(ValueError, match="one operation per image: set policy_rounds=1"):
+        Augmentation(policy="trivialaugment", policy_rounds=2)
+    assert Augmentation(policy="trivialaugment", policy_rounds=1).changes_images
