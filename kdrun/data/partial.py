@@ -246,13 +246,19 @@ class PartlyLabelled(DataModule):
         """Labelled batches, with unlabelled ones beside them where they are wanted.
 
         Raises:
-            UserError: they are wanted, but every sample has a label.
+            UserError: they are wanted, but every sample has a label; or labels are to be mixed.
         """
         if "labelled" not in self._parts or not options.shuffle:
             name = "labelled" if "labelled" in self._parts else "train"
             return self.loader(name, options)
         if unlabelled and not len(self.unlabelled):
             raise UserError("every training sample has a label")
+        mix = self.preprocessing.mix
+        if unlabelled and mix and mix.mixes and mix.target == "soft":
+            raise UserError(
+                "dataset.data.mix.target=soft mixes labels, which the unlabelled samples lack: set "
+                "it to first, or mix nothing"
+            )
         beside = replace(options, seed=stream_seed(options.seed, POOL), drop_last=False)
         steps = self.batches(options.batch_size)
         if self.pairs == "with_replacement":

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kdrun.data.batches import BatchMaker, Preprocessing, Shape
 from kdrun.data.loader import LoaderOptions
+from kdrun.errors import UserError
 from kdrun.outputs import Batch
 
 # Sets below this size are normalised once instead of batch by batch.
@@ -68,14 +69,22 @@ class Samples:
         return Samples(self.inputs, hidden, self.index, self.content)
 
     def serve(self, options: LoaderOptions, preprocessing: Preprocessing) -> ResidentLoader:
-        """Batches of these samples; they are sent to a device once for all its loaders."""
+        """Batches of these samples; they are sent to a device once for all its loaders.
+
+        Raises:
+            UserError: if they do not fit there.
+        """
         device = torch.device(options.device)
         if device not in self._copies:
+            try:
+                inputs = each(self.inputs, lambda values: values.to(device))
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    f"{len(self):,} samples do not fit into the memory of {device}; images need "
+                    "not: dataset.storage=stream"
+                ) from error
             self._copies[device] = Samples(
-                each(self.inputs, lambda values: values.to(device)),
-                self.target.to(device),
-                self.index.to(device),
-                self.content,
+                inputs, self.target.to(device), self.index.to(device), self.content
             )
         return ResidentLoader(self._copies[device], options, preprocessing)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kdrun.build import instantiate
+from kdrun.data.augment import Mix
 from kdrun.data.captions import Captions
 from kdrun.data.loader import LoaderOptions
 from kdrun.data.paired import PairedLoader
@@ -61,6 +63,17 @@ def test_the_seed_of_the_run_chooses_unless_there_is_another() -> None:
     assert first.for_teacher.fingerprint == second.for_teacher.fingerprint
     fixed = [prepared(seed, label_seed=13).labelled.index for seed in (0, 1)]
     assert torch.equal(*fixed)
+
+
+def test_labels_that_are_not_there_cannot_be_mixed() -> None:
+    data = prepared()
+    data.preprocessing = replace(data.preprocessing, mix=Mix(mixup=1.0))
+    assert next(iter(data.train(batch_size=8, seed=0, device="cpu"))).target.shape == (8, 10)
+    with pytest.raises(UserError, match="mix.target=soft mixes labels, which the unlabelled"):
+        loader(data)
+    data.preprocessing = replace(data.preprocessing, mix=Mix(mixup=1.0, target="first"))
+    batch = next(iter(loader(data)))
+    assert (batch.target >= 0).all() and (batch.unlabelled.target == -1).all()
 
 
 def test_percent_keeps_the_classes_in_proportion() -> None:

@@ -8,6 +8,7 @@ from kdrun.data.batches import Preprocessing
 from kdrun.data.loader import AugmentationCycle, LoaderOptions
 from kdrun.data.normalise import Normalisation
 from kdrun.data.resident import Samples
+from kdrun.errors import UserError
 from kdrun.outputs import Batch
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.3, 0.1]
@@ -180,6 +181,15 @@ def test_batches_are_identical_on_the_gpu(samples, mix):
             views={"strong": second.views["strong"].cpu()},
         )
         assert_same(first, moved)
+
+
+def test_samples_that_do_not_fit_on_the_device(samples, monkeypatch):
+    def full(values, *words, **named):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(torch.Tensor, "to", full)
+    with pytest.raises(UserError, match="50 samples do not fit into the memory of cpu"):
+        loader(samples)
 
 
 def test_taking_all_rows_copies_nothing(samples):
