@@ -389,6 +389,28 @@ def test_half_precision_is_finite_and_near(name: str, task: str) -> None:
     assert all(torch.isfinite(gradient).all() for gradient in gradients)
 
 
+REFUSED_ON_CUDA = re.compile(
+    r"(Adaptive(Avg|Max)Pool|AvgPool3D|FractionalMaxPool|MaxUnpool|ReflectionPad|NllLoss2D|CtcLoss"
+    r"|Upsample(Linear|Bilinear|Bicubic|Trilinear)|GridSampler|Median|Put)"
+)
+"""Gradients that PyTorch cannot repeat bit for bit on CUDA (``use_deterministic_algorithms``)."""
+
+
+@each_task
+def test_the_gradient_can_be_repeated_on_cuda(name: str, task: str) -> None:
+    case = case_of(name, task)
+    total = session_of(name, case).total(case.batch, NOW)
+    waiting, seen = [total.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        assert not REFUSED_ON_CUDA.match(node.name()), f"{node.name()} in the graph"
+        waiting += [following for following, _ in node.next_functions]
+    assert len(seen) > 20
+
+
 @each_task
 def test_saved_state_continues_identically(name: str, task: str) -> None:
     case = case_of(name, task)

@@ -3,12 +3,45 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from kdrun.losses.precision import full_precision
+
+
+def average_pool(features: Tensor, size: Sequence[int]) -> Tensor:
+    """Averages of a map over a grid of cells: the values of ``adaptive_avg_pool2d``.
+
+    The gradient of that function differs from run to run on CUDA, so PyTorch refuses it where
+    determinism is asked for; the gradient of this one does not.
+
+    Args:
+        features: ``(B, C, H, W)``.
+        size: cells along height and width; more than there are positions repeat them.
+
+    Returns:
+        ``(B, C, *size)``.
+    """
+    height, width = features.shape[-2:]
+    rows, columns = size
+    if height % rows == 0 and width % columns == 0:
+        return F.avg_pool2d(features, (height // rows, width // columns))
+    return _average_cells(_average_cells(features, rows, dim=2), columns, dim=3)
+
+
+def _average_cells(features: Tensor, cells: int, dim: int) -> Tensor:
+    """Averages over ``cells`` intervals of one dimension, which overlap where they must."""
+    length = features.shape[dim]
+    starts = [cell * length // cells for cell in range(cells)]
+    ends = [-(-(cell + 1) * length // cells) for cell in range(cells)]
+    means = [
+        features.narrow(dim, start, end - start).mean(dim)
+        for start, end in zip(starts, ends, strict=True)
+    ]
+    return torch.stack(means, dim)
 
 
 def pool_to_smaller(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -21,8 +54,8 @@ def pool_to_smaller(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     if student.shape[-2:] == teacher.shape[-2:]:
         return student, teacher
     if student.shape[-2] > teacher.shape[-2]:
-        return F.adaptive_avg_pool2d(student, teacher.shape[-2:]), teacher
-    return student, F.adaptive_avg_pool2d(teacher, student.shape[-2:])
+        return average_pool(student, teacher.shape[-2:]), teacher
+    return student, average_pool(teacher, student.shape[-2:])
 
 
 def attention_map(features: Tensor, power: float = 2.0) -> Tensor:
@@ -115,7 +148,7 @@ def hierarchical_context_loss(student: Tensor, teacher: Tensor) -> Tensor:
     losses, weights = [F.mse_loss(student, teacher)], [1.0]
     for cells in (4, 2, 1):
         if cells < student.shape[2]:
-            coarse = (F.adaptive_avg_pool2d(features, cells) for features in (student, teacher))
+            coarse = (average_pool(features, (cells, cells)) for features in (student, teacher))
             losses.append(F.mse_loss(*coarse))
             weights.append(weights[-1] / 2)
     weighted = [weight * loss for weight, loss in zip(weights, losses, strict=True)]

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdrun.layers.surgery import find_classifier, find_pooled_map, insert, replace_module
+from kdrun.losses.feature_maps import average_pool
 from kdrun.losses.precision import full_precision
 from kdrun.method import Method, Taps
 from kdrun.outputs import Batch, ModelOutput, Progress
@@ -41,7 +42,7 @@ def class_attention_distance(
         resolution: r, the maps are averaged over r x r cells.
         normalize: scale each pooled map to unit norm.
     """
-    maps = [F.adaptive_avg_pool2d(cam, resolution) for cam in (student, teacher)]
+    maps = [average_pool(cam, (resolution, resolution)) for cam in (student, teacher)]
     if normalize:
         maps = [F.normalize(cam.flatten(2), dim=2) for cam in maps]
     return F.mse_loss(*maps)

@@ -26,7 +26,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kdrun.layers.surgery import find_classifier, find_pooled_map, insert, replace_module
-from kdrun.losses.feature_maps import mean_squared_error, pool_to_smaller
+from kdrun.losses.feature_maps import average_pool, mean_squared_error, pool_to_smaller
 from kdrun.method import Method, Taps
 from kdrun.outputs import Batch, ModelOutput, Progress
 from kdrun.parameters import NonNegative, PositiveInt
@@ -58,7 +58,7 @@ class SimKD(Method):
         replace_module(student, find_classifier(student, sample), classifier.requires_grad_(False))
         projector = make_projector(source[1], target[1], target[1] // self.reduction)
         if source[2] > target[2]:
-            projector.insert(0, nn.AdaptiveAvgPool2d(tuple(target[2:])))
+            projector.insert(0, AveragePool(tuple(target[2:])))
         self._projected = insert(student, location, projector)
         return student
 
@@ -84,6 +84,22 @@ class SimKD(Method):
     def weights(self, progress: Progress) -> dict[str, float]:
         """A constant factor."""
         return {"feature": self.weight}
+
+
+class AveragePool(nn.Module):
+    """Average a map over a grid of cells.
+
+    Args:
+        size: cells along height and width.
+    """
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, features: Tensor) -> Tensor:
+        """``(B, C, H, W)`` to ``(B, C, *size)``."""
+        return average_pool(features, self.size)
 
 
 def make_projector(channels: int, channels_out: int, width: int) -> nn.Sequential:

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from kdrun.losses.feature_maps import (
     attention_distance,
     attention_map,
+    average_pool,
     gaussian_negative_log_likelihood,
     pool_to_smaller,
     selectivity_discrepancy,
@@ -15,6 +16,18 @@ from kdrun.losses.feature_maps import (
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (4, 2), (3, 2), (3, 5), (8, 6), (11, 7)])
+def test_average_pooling_has_the_values_and_gradient_of_adaptive_pooling(size) -> None:
+    ours, theirs = (random(2, 3, 8, 6).requires_grad_() for _ in range(2))
+    pooled, expected = average_pool(ours, size), F.adaptive_avg_pool2d(theirs, size)
+    torch.testing.assert_close(pooled, expected)
+    # What tells them apart: CUDA has no deterministic gradient of the other.
+    assert "Adaptive" not in pooled.grad_fn.name()
+    (pooled**2).sum().backward()
+    (expected**2).sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
 
 
 def test_the_larger_map_is_pooled() -> None:
