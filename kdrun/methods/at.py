@@ -28,7 +28,7 @@ class AT(Method):
     """Match spatial attention maps of every stage.
 
     Args:
-        power: exponent of the activations.
+        power: exponent of the activations, at least 1.
         weight: factor of the sum over stages.
         supervised_weight: factor of the task's own loss.
     """
@@ -43,6 +43,8 @@ class AT(Method):
         supervised_weight: NonNegative = 1.0,
     ) -> None:
         super().__init__()
+        if power < 1:
+            raise ValueError(f"power={power:g} must be at least 1: its gradient at 0 is infinite")
         self.power = power
         self.weight = weight
         self.supervised_weight = supervised_weight

@@ -10,8 +10,8 @@ other classes, by noise-contrastive estimation against K negatives (arXiv 1910.1
 with penultimate vectors v ``(B, D)`` and both embeddings trained with the student. A bank holds one
 row ``(dimension,)`` per training sample, found by the sample's index; a row moves towards the
 sample's embedding with momentum, after the step that compared with it. Z is the first batch's mean
-times the number of samples and constant from then on. Negatives are drawn without replacement
-unless there are fewer than K.
+times the number of samples and constant from then on. Negatives are drawn without replacement,
+unless there is a class that leaves fewer than K.
 
 The similarity to every row of a bank is computed, and the drawn ones picked from it: time and
 memory go with batch times data set, not with batch times K times ``dimension``. Negatives come from

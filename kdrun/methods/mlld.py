@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from kdrun.losses.divergence import kl_divergence, standardize
+from kdrun.losses.precision import full_precision
 from kdrun.losses.relations import class_correlation_difference, correlation_difference
 from kdrun.method import Method
 from kdrun.outputs import Batch, ModelOutput, Progress
@@ -83,10 +84,7 @@ class MLLD(Method):
         teacher = teachers["teacher"]
         weak = student.logits, teacher.logits
         strong = student.views["strong"].logits, teacher.views["strong"].logits
-        with torch.no_grad():
-            probabilities = teacher.logits.float().softmax(dim=1)
-            samples = _lower_half(probabilities.amax(dim=1))
-            classes = _lower_half(probabilities.sum(dim=0))
+        samples, classes = unsure(teacher.logits)
         return {
             "supervised": self.supervised_loss(student, batch),
             "supervised_strong": self.supervised_loss(student.views["strong"], batch),
@@ -96,7 +94,7 @@ class MLLD(Method):
         }
 
     def _instances(
-        self, weak: tuple[Tensor, Tensor], strong: tuple[Tensor, Tensor], unsure: Tensor
+        self, weak: tuple[Tensor, Tensor], strong: tuple[Tensor, Tensor], counted: Tensor
     ) -> Tensor:
         if self.standardize:
             weak = standardize(weak[0]), standardize(weak[1])
@@ -109,7 +107,7 @@ class MLLD(Method):
                 student, teacher, temperature=temperature, t_squared=True, mask=mask
             )
 
-        masked = self._masked(divergence, weak, unsure)
+        masked = self._masked(divergence, weak, counted)
         if self.variant == "paper":
             return masked + _over(self.temperatures, divergence, strong)
         on_strong = _over(self.temperatures[:3], divergence, strong)
@@ -130,7 +128,8 @@ class MLLD(Method):
     def _masked(self, level: Level, pair: tuple[Tensor, Tensor], counted: Tensor) -> Tensor:
         """Sum over temperatures of the mean over rows, where rows outside ``counted`` are zero."""
         mask = counted if self.variant == "paper" else None
-        return counted.float().mean() * _over(self.temperatures, level, pair, mask=mask)
+        total = _over(self.temperatures, level, pair, mask=mask)
+        return counted.to(total.dtype).mean() * total
 
     def weights(self, progress: Progress) -> dict[str, float]:
         """Constant factors."""
@@ -141,6 +140,22 @@ class MLLD(Method):
             "class": self.weight,
             "batch": self.weight,
         }
+
+
+@torch.no_grad()
+@full_precision
+def unsure(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Samples and classes that count on the weak view.
+
+    Args:
+        logits: ``(B, C)`` of the teacher.
+
+    Returns:
+        ``(B,)``, true where the largest probability is at most the batch's median, and ``(C,)``,
+        true where the class's summed probability is.
+    """
+    probabilities = logits.softmax(dim=1)
+    return _lower_half(probabilities.amax(dim=1)), _lower_half(probabilities.sum(dim=0))
 
 
 def _over(

@@ -22,11 +22,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from kdrun.layers.stages import paired_stages, require_maps
 from kdrun.layers.taps import tap_points
-from kdrun.losses.feature_maps import negative_margin, partial_squared_error
+from kdrun.losses.feature_maps import average_pool, negative_margin, partial_squared_error
 from kdrun.method import Method, Taps
 from kdrun.outputs import Batch, ModelOutput, Progress
 from kdrun.parameters import NonNegative
@@ -60,9 +59,9 @@ class OFD(Method):
         """
         teacher = teachers["teacher"]
         points = tap_points(teacher, sample)
-        stages = sorted(name for name in points if name.removeprefix("stage").isdigit())
+        stages = [name for name in points if name.removeprefix("stage").isdigit()]
         margins = []
-        for stage in stages:
+        for stage in sorted(stages, key=lambda name: int(name.removeprefix("stage"))):
             norm = points.get(f"{stage}.norm")
             module = None if norm is None else teacher.get_submodule(norm)
             if not isinstance(module, nn.BatchNorm2d) or not module.affine:
@@ -98,7 +97,7 @@ class OFD(Method):
         for number, (connect, (ours, theirs)) in enumerate(
             zip(self.connectors, pairs, strict=True)
         ):
-            theirs = F.adaptive_avg_pool2d(theirs, ours.shape[-2:])
+            theirs = average_pool(theirs, ours.shape[-2:])
             margin = self.get_buffer(f"margin{number}")
             error = partial_squared_error(connect(ours), theirs, margin)
             errors.append(error / 2 ** (len(pairs) - 1 - number))

@@ -48,7 +48,9 @@ class ChannelGaussian(nn.Module):
             nn.ReLU(),
             nn.Conv2d(channels_out, channels_out, 1, bias=False),
         )
-        rho = math.log(math.expm1(variance - SMALLEST_VARIANCE))
+        # The inverse of softplus, in a form that no large variance overflows.
+        softplus = variance - SMALLEST_VARIANCE
+        rho = softplus + math.log(-math.expm1(-softplus))
         self.rho = nn.Parameter(torch.full((channels_out,), rho))
 
     def forward(self, student: Tensor) -> tuple[Tensor, Tensor]:

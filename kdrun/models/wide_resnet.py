@@ -2,7 +2,9 @@
 
 Zagoruyko and Komodakis, "Wide Residual Networks", BMVC 2016, without dropout. Where a block changes
 size or width, both its convolutions and its shortcut (a bare 1x1 convolution) read the activated
-input, as in the code of the knowledge-distillation benchmarks.
+input, as in the code of the knowledge-distillation benchmarks. One of them gets its pre-activations
+by evaluating three normalisations a second time, which moves their running statistics twice a step;
+here a tap reads what the forward has computed anyway.
 """
 
 from __future__ import annotations

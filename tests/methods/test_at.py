@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from kdrun.losses.feature_maps import attention_distance
@@ -25,6 +26,14 @@ def test_stages_are_summed_from_the_deepest() -> None:
     expected = attention_distance(student.features["stage1"], teacher.features["stage3"])
     expected += attention_distance(student.features["stage2"], teacher.features["stage4"])
     torch.testing.assert_close(terms["attention"], expected)
+
+
+def test_a_power_whose_gradient_is_infinite_at_zero_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"power=0\.5 must be at least 1"):
+        AT(power=0.5)
+    maps = torch.tensor([[[[0.0, 1.0], [2.0, 0.0]]]], requires_grad=True)
+    attention_distance(maps, torch.ones(1, 1, 2, 2), power=1.0).backward()
+    assert maps.grad.isfinite().all()
 
 
 def test_training_moves_the_attention(data, teacher, student) -> None:

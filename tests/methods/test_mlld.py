@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kdrun.methods.mlld import MLLD
+from kdrun.methods.mlld import MLLD, unsure
 from kdrun.outputs import Batch, ModelOutput, Progress
 from tests.methods.training import agreement, train
 
@@ -82,6 +82,15 @@ def test_paper_masks_samples_and_classes_and_uses_both_views() -> None:
             for w, s in zip(weak, strong, strict=True)
         )
         assert terms[term].item() == pytest.approx(expected), term
+
+
+def test_doubt_is_told_in_the_precision_of_the_logits() -> None:
+    # The largest probabilities fall short of 1 by 2e-9, 2e-10 and 2e-11: one number in float32.
+    logits = torch.tensor([[20.0, 0.0], [22.3, 0.0], [24.6, 0.0]], dtype=torch.float64)
+    samples, _ = unsure(logits)
+    assert samples.tolist() == [True, True, False]
+    assert unsure(logits.float())[0].tolist() == [True, True, True]
+    assert unsure(logits.bfloat16() / 8)[0].tolist() == [True, True, False]
 
 
 def test_both_views_are_supervised() -> None:

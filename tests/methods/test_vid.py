@@ -16,6 +16,12 @@ def test_variance_starts_where_it_is_told_and_is_trained() -> None:
     assert gaussian.rho.grad.abs().min() > 0
 
 
+@pytest.mark.parametrize("variance", [1e-3, 1.0, 5.0, 1000.0])
+def test_any_variance_may_be_the_first(variance: float) -> None:
+    _, found = ChannelGaussian(1, 2, variance)(torch.zeros(1, 1, 2, 2))
+    assert found.flatten().tolist() == pytest.approx([variance] * 2, rel=1e-5)
+
+
 def test_a_variance_below_the_smallest_is_refused() -> None:
     with pytest.raises(ValueError, match="initial_variance=1e-05 must exceed 1e-5"):
         VID(initial_variance=1e-5)
