@@ -8,7 +8,12 @@ run was resumed changes a batch.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
+import signal
+import sys
+import threading
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -35,6 +40,11 @@ CROP = 3
 """What the random stream of a crop is for, after seed and epoch; see ``kdrun.data.loader``."""
 
 RATIO = (3 / 4, 4 / 3)
+
+if sys.platform != "win32":
+    # A worker is a copy of this process. What Python's collector would find in it to throw away -
+    # above all the workers of an earlier loader - is not its own, and to visit it copies its memory.
+    os.register_at_fork(after_in_child=gc.freeze)
 
 
 @dataclass(frozen=True)
@@ -132,6 +142,7 @@ class StreamLoader:
             num_workers=samples.workers,
             collate_fn=_as_it_is,
             persistent_workers=samples.workers > 0,
+            worker_init_fn=_heed_main_process_alone,
             pin_memory=self._pinned,
             generator=torch.Generator(),  # otherwise each epoch would advance the global one
         )
@@ -145,7 +156,9 @@ class StreamLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         epoch, start = self._places.epoch, self._places.start
-        for position, fetched in enumerate(self._workers, start):
+        with _deaf_to_sigterm():
+            batches = iter(self._workers)  # starts them, the first time
+        for position, fetched in enumerate(batches, start):
             yield self._batch(fetched, epoch, position)
 
     def replay(self, epoch: int, position: int) -> Batch:
@@ -224,11 +237,41 @@ class _Crops(Dataset):
         geometry = self.samples.geometry
         if not self.options.augment or geometry.crop_scale is None:
             return resize_and_crop(image, geometry.resize, geometry.size)
-        # torchvision draws from the global generator, which is left as it was.
+        # torchvision draws from the CPU's global generator, which is left as it was. That of a GPU,
+        # where dropout draws, would be set by ``torch.manual_seed`` as well.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(stream_seed(*words))
+            torch.default_generator.manual_seed(stream_seed(*words))
             place = RandomResizedCrop.get_params(image, list(geometry.crop_scale), list(RATIO))
         return functional.resized_crop(image, *place, [geometry.size, geometry.size])
+
+
+@contextlib.contextmanager
+def _deaf_to_sigterm() -> Iterator[None]:
+    """What this thread starts never receives SIGTERM unless it asks (``_heed_main_process_alone``).
+
+    Who stops a job signals all its processes. The main process then finishes its step and saves,
+    for which it needs its workers, and ends them itself. Only Linux tells who has sent a signal.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _heed_main_process_alone(worker: int) -> None:
+    """In a worker: wait beside the work for a SIGTERM of the main process."""
+    if sys.platform == "linux":
+        threading.Thread(target=_await_end, args=(os.getppid(),), daemon=True).start()
+
+
+def _await_end(main_process: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main_process:
+        pass
+    os._exit(0)
 
 
 def _as_it_is(fetched: tuple[dict, Tensor, Tensor] | str) -> tuple[dict, Tensor, Tensor] | str:

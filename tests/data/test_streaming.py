@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
+import signal
+import subprocess
+import sys
 import zlib
 
 import pytest
@@ -87,6 +91,21 @@ def test_neither_workers_nor_resuming_change_a_batch(class_folders):
     for first, second in zip(alone[3:], epoch(with_workers, 1, start=3), strict=True):
         assert_same(first, second)
     assert_same(alone[2], with_workers.replay(1, 2))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells who has sent a signal")
+def test_workers_outlive_a_signal_to_the_whole_job(class_folders):
+    before = multiprocessing.active_children()
+    loader = train(folder_set(class_folders, workers=1))
+    batches = iter(loader)
+    next(batches)
+    (worker,) = set(multiprocessing.active_children()) - set(before)
+    script = f"import os; os.kill({worker.pid}, {signal.SIGTERM})"
+    subprocess.run([sys.executable, "-c", script], check=True)
+    assert len(list(batches)) == len(loader) - 1
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 0
 
 
 def test_the_global_generator_is_left_alone(class_folders):
