@@ -271,11 +271,14 @@ class Distiller(LightningModule):
             loss.backward()
 
     def _parts(self, batch: Batch) -> list[Batch]:
-        parts = self.optimization.accumulate
+        # As many on every rank, though of a last batch some may hold one sample more: ranks meet
+        # in every part.
+        fewest = self._samples_of_step(batch) // distributed.world_size()
+        parts = min(self.optimization.accumulate, max(fewest, 1))
         if parts == 1:
             return [batch]
-        size = -(-len(batch) // parts)
-        return [batch.rows(slice(i, i + size)) for i in range(0, len(batch), size)]
+        cuts = [len(batch) * part // parts for part in range(parts + 1)]
+        return [batch.rows(slice(*ends)) for ends in itertools.pairwise(cuts)]
 
     def _samples_of_step(self, batch: Batch) -> int:
         """Over all ranks, of which this one has ``batch``."""

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from kdrun import distributed
 from kdrun.distiller import TermSums
 from kdrun.errors import UserError
 from kdrun.fit import CHECKPOINT
@@ -360,6 +361,24 @@ def test_methods_are_told_where_training_stands(tmp_path: Path) -> None:
     assert [p.epoch for p in seen[::2]] == [0, 0, 0, 1, 1, 1]
     assert {(p.epochs, p.steps) for p in seen} == {(2, 6)}
     assert seen[-1].fraction == 5 / 6
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "sizes"),
+    [(1, [[4], [5]]), (4, [[1, 1, 1, 1], [1, 1, 1, 2]]), (8, [[1, 1, 1, 1], [1, 1, 1, 2]])],
+)
+def test_ranks_cut_a_short_batch_into_as_many_parts(
+    tmp_path: Path, monkeypatch, accumulate: int, sizes: list[list[int]]
+) -> None:
+    """Nine samples of two ranks; in each part the ranks wait for each other."""
+    distiller = Training(tmp_path, accumulate=accumulate).start()
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    distiller.global_batch = lambda position: 9
+    batch = next(iter(digits().train(batch_size=9, seed=0, device="cpu")))
+    for rows, expected in zip((slice(4), slice(4, 9)), sizes, strict=True):
+        parts = distiller._parts(batch.rows(rows))
+        assert [len(part) for part in parts] == expected
+        assert torch.equal(torch.cat([part.index for part in parts]), batch.index[rows])
 
 
 def test_views_go_through_every_network(tmp_path: Path) -> None:
