@@ -186,7 +186,13 @@ class Method(nn.Module):
         """
 
     def prepare(self, teachers: Mapping[str, nn.Module], loader: Iterable[Batch]) -> None:
-        """Gather statistics in one pass over the training data before the first step."""
+        """Gather statistics in one pass over the training data before the first step.
+
+        Args:
+            teachers: the frozen networks by role, on the device.
+            loader: every labelled sample of the training split once, not augmented; of several
+                processes each has its part, which may end in a batch of no samples.
+        """
 
     # -- every step --------------------------------------------------------------------------
 

@@ -147,16 +147,19 @@ class CRD(Method):
     @torch.no_grad()
     def after_step(self, progress: Progress) -> None:
         """Fix Z on the first batch; move the rows of the samples that were compared."""
+        total, samples = torch.zeros_like(self.normalisers), 0
         for rows, ours, theirs, estimates in self._compared:
-            estimate = distributed.gather(estimates[None]).mean(dim=0)
-            self.normalisers.copy_(torch.where(self.normalisers > 0, self.normalisers, estimate))
+            total += distributed.sum_over_ranks(len(rows) * estimates)
             rows = distributed.gather(rows)
+            samples += len(rows)
             for bank, embedding in ((self.student_bank, ours), (self.teacher_bank, theirs)):
                 kept = self.momentum * bank[rows]
                 moved = kept + (1 - self.momentum) * distributed.gather(embedding)
                 # A batch that overflowed may be passed over; it must not stay in the bank.
                 known = moved.isfinite().all(dim=1, keepdim=True)
                 bank[rows] = torch.where(known, F.normalize(moved, dim=1), bank[rows])
+        fixed = self.normalisers > 0
+        self.normalisers.copy_(torch.where(fixed, self.normalisers, total / samples))
         self._compared = []
 
     def weights(self, progress: Progress) -> dict[str, float]:

@@ -181,12 +181,14 @@ def train(
     rest = context.data.labelled_size % batch_size
     order = data_seed(context.config, role, seed)
 
-    def make_loader(views: tuple[str, ...]) -> Loader:
+    def make_loader(views: tuple[str, ...], *, in_stored_order: bool = False) -> Loader:
         return context.data.train(
             batch_size=batch_size,
             seed=order,
             views=views,
-            drop_last=0 < rest < world_size,
+            augment=not in_stored_order,
+            shuffle=not in_stored_order,
+            drop_last=not in_stored_order and 0 < rest < world_size,
             cycle=recording.cycle if recording else None,
             unlabelled=assembly.method.unlabelled,
             **place,
@@ -202,7 +204,10 @@ def train(
     distiller, recorded = _engine(context, assembly, settings, steps, recording)
     distiller.to(device)
     try:
-        assembly.method.prepare(distiller.frozen | recorded, loader)
+        # An epoch may leave out some samples and repeat others.
+        every_sample_once = make_loader(assembly.method.views, in_stored_order=True)
+        assembly.method.prepare(distiller.frozen | recorded, every_sample_once)
+        del every_sample_once  # And with it its worker processes.
     except ValueError as error:
         raise UserError(f"{type(assembly.method).__name__}: {error}") from error
     for network in recorded.values():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 
@@ -127,6 +128,21 @@ def test_the_normaliser_is_fixed_by_the_first_batch() -> None:
     assert (first > 0).all()
     step(method, data.rows(slice(4, 8)), seed=5)
     assert torch.equal(method.normalisers, first)
+
+
+def test_the_normaliser_is_that_of_the_batch_however_it_is_cut() -> None:
+    found = []
+    for cuts in ([0, 7], [0, 4, 7]):
+        # All 8 samples of other classes are negatives: nothing depends on chance.
+        method, data = ready(negatives=8)
+        student, teacher = vectors(7, 4, 2), vectors(7, 6, 3)
+        for first, last in itertools.pairwise(cuts):
+            part = slice(first, last)
+            method.losses(student.rows(part), {"teacher": teacher.rows(part)}, data.rows(part), NOW)
+        method.after_step(NOW)
+        found.append(method.normalisers)
+    assert (found[0] > 0).all()
+    torch.testing.assert_close(*found)
 
 
 def test_bank_rows_move_by_momentum_and_have_unit_norm() -> None:

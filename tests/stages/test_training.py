@@ -11,6 +11,7 @@ from torch import nn
 from kdrun.checkpoints import save_weights
 from kdrun.errors import UserError
 from kdrun.method import Method
+from kdrun.methods.kd import KD
 from kdrun.stages import distil
 from kdrun.stages.distil import Distil, assemble_run
 from kdrun.stages.training import optimization_of, training_settings
@@ -100,3 +101,18 @@ def test_it_starts_from_its_checkpoint(monkeypatch, make_context, tmp_path) -> N
     gone = SimpleNamespace(**vars(make_context("teacher.checkpoint=nowhere.safetensors")))
     with pytest.raises(UserError, match=r"teacher\.checkpoint=nowhere\.safetensors: no such file"):
         assemble_run(gone)
+
+
+@pytest.mark.parametrize("dataset", ["digits", "digits_few_shot"])
+def test_the_pass_before_training_brings_every_labelled_sample_once(
+    dataset: str, tmp_path, monkeypatch
+) -> None:
+    seen: list[int] = []
+
+    def prepare(self, teachers, loader):
+        seen[:] = [int(number) for batch in loader for number in batch.index]
+
+    monkeypatch.setattr(KD, "prepare", prepare)
+    # An epoch of the few draws 25 batches with replacement.
+    run(tmp_path, "method=kd", f"dataset={dataset}", "training.batch_size=8", "dry=true")
+    assert len(seen) == len(set(seen)) == {"digits": 1102, "digits_few_shot": 10}[dataset]
