@@ -52,6 +52,15 @@ def run_directory(config: Mapping[str, Any], names: Mapping[str, str]) -> Path:
     )
 
 
+def output_directory(run: Path) -> Path | None:
+    """The output directory that the directory of a run lies in.
+
+    None where it has been put somewhere else, too near the root.
+    """
+    above = run.resolve().parents
+    return above[3] if len(above) > 3 else None
+
+
 def _one_folder(name: str) -> str:
     """The name of a choice as the name of one folder, never of one further up."""
     name = re.sub(r"[/\\\0]", "_", name)

@@ -14,6 +14,7 @@ from kdrun.catalogue import Catalogue, load_yaml
 from kdrun.config import Config, compose, spell
 from kdrun.errors import UserError
 from kdrun.files import parse_json, typed_path
+from kdrun.identity import output_directory
 
 CONFIG, ENVIRONMENT = "config.yaml", "env.json"
 
@@ -62,7 +63,9 @@ def resume_config(run: Path, words: list[str], catalogue: Catalogue) -> tuple[Co
         UserError: the config files have changed, so that the same words mean something else now.
     """
     # <output_dir>/<dataset>/<teacher>-<student>/<method>-<hash>/seed<k>
-    root = run.resolve().parents[3]
+    root = output_directory(run)
+    if root is None:
+        raise UserError(f"{run} was moved; put it back below its output directory to continue it")
     words = [word for word in words if not word.startswith(("output_dir=", "rerun="))]
     if root != Path("outputs").resolve():
         words.append(f"output_dir={quoted(str(root))}")

@@ -55,7 +55,10 @@ def paired_text(results: Results, corrected: bool = False) -> str:
         if len(rows) > 1:
             blocks.append(f"{column}\n{aligned(rows, left=2)}")
     note = "two-sided" + (", after Holm's correction" if corrected else ", not corrected")
-    closing = f"p: {note}; ?: cannot be decided. Interval: bootstrap over seeds (BCa)"
+    closing = (
+        f"p: {note}; ?: cannot be decided. Interval: bootstrap over seeds (BCa), too narrow where "
+        "they are few"
+    )
     return "\n\n".join([*blocks, closing])
 
 

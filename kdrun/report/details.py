@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from kdrun.errors import UserError
 from kdrun.files import read_json
+from kdrun.identity import output_directory
 from kdrun.report.runs import Run
 
 Curves = dict[str, np.ndarray]
@@ -28,33 +30,31 @@ def curves_of(run: Run, network: str) -> Curves | None:
         name = run.artefacts.get(STAGES.get(network, network))
         if name is None:
             return None
-        above = output_directory(run)
+        above = output_directory(run.directory)
         if above is None:
             return None
         path = above / "store" / name / "metrics.csv"
     return read_curves(path) if path.is_file() else None
 
 
-def output_directory(run: Run) -> Path | None:
-    """The output directory that a run lies in: ``<dataset>/<pair>/<method>/seed<k>`` below it.
-
-    None where the run's directory has been put somewhere else, too near the root.
-    """
-    above = run.directory.resolve().parents
-    return above[3] if len(above) > 3 else None
-
-
 def read_curves(path: Path) -> Curves | None:
-    """The columns of a ``metrics.csv``; None for an empty one."""
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    if not rows:
-        return None
-    return {
-        name: np.array([float(row[name]) if row[name] else np.nan for row in rows])
-        for name in rows[0]
-        if name is not None
-    }
+    """The columns of a ``metrics.csv``; None for an empty one.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        if not rows:
+            return None
+        return {
+            name: np.array([float(row[name]) if row[name] else np.nan for row in rows])
+            for name in rows[0]
+            if name is not None
+        }
+    except (ValueError, csv.Error) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -78,21 +78,28 @@ def predictions_of(run: Run, epoch: str) -> Predictions | None:
     Args:
         run: the run.
         epoch: ``last`` or ``best``, for networks that come with both.
+
+    Raises:
+        UserError: their file is damaged.
     """
     path = run.directory / "predictions.safetensors"
     if not path.is_file():
         return None
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    arrays = load_file(path)
     predicted, confidence = {}, {}
-    for name in arrays:
-        label, _, what = name.rpartition("/")
-        network, _, of_epoch = label.partition("/")
-        if what == "prediction" and of_epoch in ("", epoch):
-            predicted[network] = arrays[name]
-            confidence[network] = arrays[f"{label}/confidence"]
-    return Predictions(arrays["target"], predicted, confidence)
+    try:
+        arrays = load_file(path)
+        for name in arrays:
+            label, _, what = name.rpartition("/")
+            network, _, of_epoch = label.partition("/")
+            if what == "prediction" and of_epoch in ("", epoch):
+                predicted[network] = arrays[name]
+                confidence[network] = arrays[f"{label}/confidence"]
+        return Predictions(arrays["target"], predicted, confidence)
+    except (SafetensorError, KeyError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def _chosen(entries: Sequence[Entry]) -> list[Entry]:
     """The teacher, the student alone, the baseline and the best rows."""
     largest = entries[0].direction == "max"
     ranked = sorted(
-        (entry for entry in entries if entry.network == "distilled"),
+        (e for e in entries if e.network == "distilled" and np.isfinite(e.mean)),
         key=lambda entry: entry.mean,
         reverse=largest,
     )
@@ -247,11 +247,10 @@ def _points(entries: Sequence[Entry], option: str) -> dict[str, list[tuple[float
         value = _option(entry.runs[0], option)
         if value is not None:
             found = points.setdefault(entry.runs[0].names["method"], [])
-            found += [(value, entry.values[run.seed]) for run in entry.runs]
+            results = [entry.values[run.seed] for run in entry.runs]
+            found += [(value, y) for y in results if np.isfinite(y)]
     return {
-        method: [(value, y) for value, y in found if np.isfinite(y)]
-        for method, found in points.items()
-        if len({value for value, _ in found}) > 1
+        method: found for method, found in points.items() if len({value for value, _ in found}) > 1
     }
 
 

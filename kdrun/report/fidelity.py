@@ -84,9 +84,14 @@ def best_variants(outcomes: Iterable[Outcome]) -> list[Outcome]:
     best: dict[tuple[str, str, str, str], Outcome] = {}
     for outcome in outcomes:
         key = (outcome.task, outcome.teacher, outcome.student, outcome.method)
-        if key not in best or outcome.score > best[key].score:
+        if key not in best or _better(outcome.score, best[key].score):
             best[key] = outcome
     return list(best.values())
+
+
+def _better(score: float, other: float) -> bool:
+    """Whether a score is the larger one; any is better than none (NaN)."""
+    return score > other or (math.isnan(other) and not math.isnan(score))
 
 
 def analyse(outcomes: Iterable[Outcome]) -> list[Finding]:

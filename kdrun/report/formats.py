@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -73,8 +74,7 @@ def latex(results: Results) -> str:
         [
             "% needs \\usepackage{booktabs}",
             *_latex_rows(matrix, "l" + "r" * len(results.columns)),
-            f"% {_heading(results)}",
-            *(f"% {note}" for note in notes(results)),
+            *(f"% {_line(text)}" for text in (_heading(results), *notes(results))),
             "",
             *_latex_rows(details, "llrrrrrr"),
             f"\\par\\smallskip\\footnotesize {remarks}",
@@ -93,14 +93,23 @@ FIELDS = (
 
 
 def as_csv(results: Results) -> str:
-    """One line per cell."""
+    """One line per cell.
+
+    A label that a spreadsheet would take for a formula has an apostrophe before it.
+    """
     stream = io.StringIO()
     writer = csv.DictWriter(stream, FIELDS, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     for record in _records(results):
         flat = record | {"seeds": " ".join(map(str, record["seeds"]))}
-        writer.writerow({key: "" if value is None else value for key, value in flat.items()})
+        writer.writerow({key: _plain(value) for key, value in flat.items()})
     return stream.getvalue()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return f"'{value}"
+    return "" if value is None else value
 
 
 def as_json(results: Results) -> str:
@@ -147,6 +156,15 @@ def value(entry: Entry) -> str:
     places = digits(entry)
     spread = "" if entry.std is None else f" ± {entry.std:.{places}f}"
     return f"{entry.mean:.{places}f}{spread}"
+
+
+def is_best(entry: Entry, results: Results) -> bool:
+    """Whether a cell shows the best mean of its column; so do several that read the same."""
+    best = results.best(entry.column)
+    if best is None or entry.mean is None or entry.network != "distilled":
+        return False
+    places = digits(entry)
+    return f"{entry.mean:.{places}f}" == f"{best:.{places}f}"
 
 
 def count(entry: Entry) -> str:
@@ -246,14 +264,12 @@ def _matrix(
 ) -> list[list[str]]:
     """Means of all cells with the number of runs and the published number behind them."""
     matrix = [["", *map(escape, results.columns)]]
-    best = {column: results.best(column) for column in results.columns}
     for row in results.rows:
         line = [escape(row)]
         for column in results.columns:
             entry = results.cells[row, column]
             cell = escape(value(entry))
-            if entry.network == "distilled" and entry.mean is not None:
-                cell = bold(cell) if entry.mean == best[column] else cell
+            cell = bold(cell) if is_best(entry, results) else cell
             paper = f" [{published(entry)}]" if entry.published is not None else ""
             runs = f" ({count(entry)})" if entry.n else ""
             line.append(f"{cell}{runs}{paper}")
@@ -337,8 +353,17 @@ def _latex_rows(rows: Sequence[Sequence[str]], align: str) -> list[str]:
     return [begin, "\\toprule", head, "\\midrule", *body, "\\bottomrule", end]
 
 
+MARKDOWN = re.compile(r"[\\|<*`~]|&(?=#?\w+;)|(?<![^\W_])_|_(?![^\W_])|\](?=\()")
+"""What means something in Markdown, where it does: ``_`` inside of a word does not."""
+
+
 def _markdown(cell: str) -> str:
-    return "".join(f"\\{letter}" if letter in "\\|<*`" else letter for letter in cell)
+    return MARKDOWN.sub(r"\\\g<0>", _line(cell))
+
+
+def _line(text: str) -> str:
+    """A label as one line: a break would end the row, or the comment, that it stands in."""
+    return " ".join(text.split())
 
 
 LATEX = {
@@ -350,9 +375,13 @@ LATEX = {
     "<": "$<$",
     ">": "$>$",
     "→": r"$\rightarrow$",
+    "|": r"\textbar{}",
+    # After the end of a row they would be taken for an option of it.
+    "[": "{[}",
+    "*": "{*}",
     **{letter: f"\\{letter}" for letter in "&%$#_{}"},
 }
 
 
 def _latex(cell: str) -> str:
-    return "".join(LATEX.get(letter, letter) for letter in cell)
+    return "".join(LATEX.get(letter, letter) for letter in _line(cell))

@@ -8,10 +8,12 @@ instead of several megabytes, prints, and still opens in ten years.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from kdrun.clock import clock
 from kdrun.report import drawings, formats
@@ -48,7 +50,7 @@ def table_page(results: Results, place: Path) -> str:
         title=results.title,
         description=results.description,
         shrunk=warning,
-        notes=formats.notes(results)[bool(warning) :],
+        notes=[*formats.notes(results)[bool(warning) :], *_not_drawn(results)],
         sections=[*sections, ("Provenance", "provenance")],
         columns=results.columns,
         matrix=[_matrix_line(results, row) for row in results.rows],
@@ -61,6 +63,12 @@ def table_page(results: Results, place: Path) -> str:
         runs=[_link(run, place) for run in runs[:MOST_RUNS]],
         left_out=max(0, len(runs) - MOST_RUNS),
     )
+
+
+def _not_drawn(results: Results) -> list[str]:
+    """What is said where there are more columns than figures show."""
+    number, most = len(results.columns), drawings.MOST_COLUMNS
+    return [f"figures: of the first {most} of {number} columns"] if number > most else []
 
 
 HEADS = (
@@ -121,8 +129,7 @@ def _matrix_line(results: Results, row: str) -> dict[str, Any]:
     cells = []
     for column in results.columns:
         entry = results.cells[row, column]
-        best = entry.network == "distilled" and entry.mean == results.best(column)
-        style = "best" if best and entry.mean is not None else ""
+        style = "best" if formats.is_best(entry, results) else ""
         style = style or ("missing" if entry.mean is None else "")
         cells.append(
             {
@@ -139,7 +146,9 @@ def _matrix_line(results: Results, row: str) -> dict[str, Any]:
 
 def _sign(entry: Entry) -> str:
     """Whether a difference from the published number is for the better."""
-    if not entry.difference or not float(formats.difference(entry)):
+    if entry.difference is None or not math.isfinite(entry.difference):
+        return ""
+    if not float(formats.difference(entry)):
         return ""
     return "good" if (entry.difference > 0) == (entry.direction == "max") else "bad"
 
@@ -276,7 +285,7 @@ def _listed(values: Iterable[str], most: int = 4) -> str:
 def _link(run: Run, place: Path) -> dict[str, str]:
     page = run.directory / "report.html"
     label = f"{run.directory.parent.name}/{run.directory.name}"
-    link = Path(os.path.relpath(page, place)).as_posix() if page.is_file() else ""
+    link = quote(Path(os.path.relpath(page, place)).as_posix()) if page.is_file() else ""
     return {"label": label, "link": link, "command": run.command}
 
 

@@ -224,6 +224,14 @@ NOT_TOLD = (
 """Overrides that a row's label never tells: they stand elsewhere, or change no result."""
 
 
+SPELLINGS = {"True": "true", "False": "false", "None": "null"}
+"""Sweeps write Python's words where people write YAML's."""
+
+
 def _telling(run: Run) -> list[str]:
-    pairs = ((word, word.partition("=")[0].lstrip("+")) for word in run.words())
-    return [word for word, key in pairs if key.removeprefix("model@") not in NOT_TOLD]
+    parts = (word.partition("=") for word in run.words())
+    return [
+        f"{key}={SPELLINGS.get(value, value)}"
+        for key, _, value in parts
+        if key.lstrip("+").removeprefix("model@") not in NOT_TOLD
+    ]

@@ -6,6 +6,7 @@ cannot decide (too few numbers, or no variation) has the p-value None, never a m
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,10 @@ Alternative = Literal["two-sided", "greater", "less"]
 
 RESOLUTION = 1e-6
 """Results are single-precision numbers: what varies by less, relative to them, does not vary."""
+
+
+EXACT = 7
+"""Up to so many pairs the p-value of a rank correlation is counted out."""
 
 
 @dataclass(frozen=True)
@@ -108,9 +113,11 @@ def correlation(
 ) -> Test:
     """Rank (Spearman) or linear (Pearson) correlation with a confidence interval.
 
-    Ties get average ranks; p is two-sided. The interval is Fisher's, through ``atanh``, with the
-    variance 1 / (n - 3) for Pearson and (1 + rho^2 / 2) / (n - 3) for Spearman (Bonett and Wright,
-    Psychometrika 2000, equation 9).
+    Ties get average ranks; p is two-sided, from t with n - 2 degrees of freedom. Of a rank
+    correlation of up to ``EXACT`` pairs, where t is far off (three pairs in one order would have
+    p = 0), it is the share of all orders that correlate as much. The interval is Fisher's, through
+    ``atanh``, with the variance 1 / (n - 3) for Pearson and (1 + rho^2 / 2) / (n - 3) for Spearman
+    (Bonett and Wright, Psychometrika 2000, equation 9). Numbers that are not finite decide nothing.
 
     Raises:
         ValueError: ``x`` and ``y`` differ in length.
@@ -118,19 +125,28 @@ def correlation(
     if len(x) != len(y):
         raise ValueError(f"{len(x)} and {len(y)} values")
     n = len(x)
-    if n < 3 or len(set(x)) == 1 or len(set(y)) == 1:
+    if n < 3 or not all(map(math.isfinite, (*x, *y))) or len(set(x)) == 1 or len(set(y)) == 1:
         return Test(math.nan, None, None, n)
     from scipy import stats
 
     found = (stats.spearmanr if kind == "spearman" else stats.pearsonr)(x, y)
     rho = float(found.statistic)
     p_value = float(found.pvalue)
+    if kind == "spearman" and n <= EXACT:
+        p_value = _share_of_orders(stats.rankdata(x), stats.rankdata(y))
     if n < 4 or abs(rho) >= 1:
         return Test(rho, rho, p_value, n)
     variance = (1 + rho**2 / 2 if kind == "spearman" else 1.0) / (n - 3)
     width = float(stats.norm.ppf((1 + confidence) / 2)) * math.sqrt(variance)
     low, high = (math.tanh(math.atanh(rho) + side * width) for side in (-1, 1))
     return Test(rho, rho, p_value, n, low, high)
+
+
+def _share_of_orders(x: np.ndarray, y: np.ndarray) -> float:
+    """The share of all orders of the ranks ``y`` whose correlation with ``x`` is as far from 0."""
+    orders = np.array(list(itertools.permutations(y - y.mean())))
+    products = np.abs(orders @ (x - x.mean()))
+    return float((products >= products[0] - 1e-9).mean())  # the first order is that of ``y``
 
 
 def bootstrap(
@@ -183,7 +199,7 @@ def anova(groups: Sequence[Sequence[float]]) -> Test:
     total = float(((together - together.mean()) ** 2).sum()) if n else 0.0
     within = sum(float(((group - group.mean()) ** 2).sum()) for group in filled)
     estimate = 1 - within / total if total else math.nan
-    if len(filled) < 2 or n <= len(filled) or not within:
+    if len(filled) < 2 or n <= len(filled) or not within or not math.isfinite(total):
         return Test(estimate, None, None, n)
     from scipy import stats
 

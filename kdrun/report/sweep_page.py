@@ -7,15 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from kdrun.clock import clock
 from kdrun.report import formats, sweep_figures
 from kdrun.report.details import read_curves
 from kdrun.report.drawings import PREFIX, Drawing
-from kdrun.report.html import Card, Cell, number, render, sort_key
+from kdrun.report.html import Card, Cell, number, places_of, render, sort_key
 from kdrun.report.pages import provenance, without_empty_columns
 from kdrun.report.sweeps import (
     BEST,
     Trial,
+    decision,
     effects_of,
     finished,
     objective_of,
@@ -55,7 +58,6 @@ def sweep_page(directory: Path, trials: Sequence[Trial]) -> str:
     failed = [trial for trial in trials if trial.status == "failed"]
     sections += [("Failed", "failed")] if failed else []
     protocols = dict.fromkeys(run.protocol for run in runs)
-    better = "larger" if direction == "max" else "smaller"
     front = pareto(done, direction)
     heads, rows = without_empty_columns(
         ["run", "state", *varied, metric, "test", "parameters", "took", "remark"],
@@ -67,8 +69,7 @@ def sweep_page(directory: Path, trials: Sequence[Trial]) -> str:
         description=f"Sweep of {len(trials)} runs",
         shrunk=formats.shrunken(runs),
         notes=[
-            f"validation {metric} decides ({better} is better); "
-            "test is of the same weights, those of the best epoch",
+            *([decision(done)] if done else []),
             *(formats.PROTOCOLS[protocol] for protocol in protocols),
         ],
         sections=[*sections, ("Provenance", "provenance")],
@@ -133,7 +134,8 @@ def _curves(trials: Sequence[Trial], metric: str, direction: str) -> list[Drawin
     for trial in trials[:MOST_CURVES]:
         path = trial.directory / "metrics.csv" if trial.directory else None
         columns = read_curves(path) if path and path.is_file() else None
-        if columns is not None and PREFIX + metric in columns:
+        known = columns is not None and PREFIX + metric in columns
+        if known and np.isfinite(columns[PREFIX + metric]).any():
             places[trial.number] = len(curves)
             curves.append((columns["epoch"], columns[PREFIX + metric]))
     if len(curves) < 2:
@@ -156,13 +158,17 @@ def _cards(trials: Sequence[Trial], in_order: Sequence[Trial], varied: Sequence[
         best = in_order[0]
         chosen = [f"{_last(o)} {shown(best.options[o])}" for o in varied if o in best.options]
         note = f"run #{best.number}: {', '.join(chosen)}"
-        cards.append(Card("best on validation", f"{best.objective:.2f}", note))
+        cards.append(Card("best on validation", _shown(best.objective), note))
         test = test_result(best)
         if test is not None:
-            cards.append(Card("its test result", f"{test:.2f}", "weights of the same epoch"))
+            cards.append(Card("its test result", _shown(test), "weights of the same epoch"))
     seconds = sum(trial.seconds for trial in trials)
     cards.append(Card("time", clock(seconds), "of all runs together"))
     return cards
+
+
+def _shown(value: float) -> str:
+    return number(value, places_of(value)).text
 
 
 def _last(option: str) -> str:
@@ -182,8 +188,8 @@ def _row(trial: Trial, varied: Sequence[str], front: Sequence[Trial]) -> dict[st
         Cell(f"#{trial.number}", trial.number),
         Cell(trial.status, trial.status, "left"),
         *(_option(trial.options.get(name, "")) for name in varied),
-        number(trial.objective, 2),
-        number(test, 2),
+        number(trial.objective, places_of(trial.objective)),
+        number(test, places_of(test)),
         Cell(f"{trial.size:,}" if trial.size else "", trial.size or ""),
         Cell(clock(trial.seconds), sort_key(trial.seconds)),
         Cell(remark, remark, "left"),

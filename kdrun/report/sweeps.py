@@ -98,6 +98,15 @@ def objective_of(trials: Iterable[Trial]) -> tuple[str, str]:
     return (run.metric, run.direction) if run else ("objective", "max")
 
 
+def decision(trials: Sequence[Trial]) -> str:
+    """What the runs of a sweep were judged by, in words."""
+    metric, direction = objective_of(trials)
+    if all(trial.run is None for trial in trials):
+        return "none of its results was found: larger ones on validation are taken to be better"
+    better = "larger" if direction == "max" else "smaller"
+    return f"validation {metric} decides ({better} is better); test is of the same, best epoch"
+
+
 def ranked(trials: Iterable[Trial], direction: str) -> list[Trial]:
     """Runs with a result, the best first."""
     sign = -1.0 if direction == "max" else 1.0
@@ -149,8 +158,7 @@ def _done(done: Sequence[Trial]) -> list[str]:
     lines = [aligned(rows, left=2 + len(varied))]
     if len(in_order) > MOST_SHOWN:
         lines.append(f"and {len(in_order) - MOST_SHOWN} more")
-    better = "larger" if direction == "max" else "smaller"
-    lines.append(f"validation decides ({better} is better); test is of the same, best epoch")
+    lines.append(decision(done))
     if len(front) > 1:
         lines.append("*: no other run is both better and smaller")
     best = [f"  kdrun {shlex.join(trial.words)}" for trial in in_order[:BEST]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from kdrun.errors import UserError
 from kdrun.report.alignment import aligned
 from kdrun.report.results import Results
@@ -21,10 +23,16 @@ def text(results: Results) -> str:
             for entry in results.entries
             if entry.metric == metric and entry.network == "distilled"
         ]
-        values = [value for entry in entries for value in entry.values.values()]
+        known = [
+            (value, entry)
+            for entry in entries
+            for value in entry.values.values()
+            if math.isfinite(value)
+        ]
+        values = [value for value, _ in known]
         factors = {
-            "row": [entry.row for entry in entries for _ in entry.values],
-            "column": [entry.column for entry in entries for _ in entry.values],
+            "row": [entry.row for _, entry in known],
+            "column": [entry.column for _, entry in known],
         }
         rows = [["", "share of variance", "F", "p"]]
         for name, test in factorial_anova(values, factors).items():

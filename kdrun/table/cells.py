@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 from kdrun import __version__
 from kdrun.catalogue import Catalogue
 from kdrun.config import Config, compose
-from kdrun.errors import ConfigErrors
+from kdrun.errors import ConfigErrors, UserError
 from kdrun.files import write_atomically
 from kdrun.identity import fingerprint, run_directory
 from kdrun.members import AT_ONCE, LARGEST_GROUP, group_of
@@ -203,7 +204,8 @@ def stored_plan(
     arms = plan(table, catalogue, profile=profile, typed=typed)
     text = json.dumps({"state": state, "arms": [asdict(arm) for arm in arms]}, default=str)
     if redact(text) == text:  # A plan without its secrets is none, and with them is not kept.
-        write_atomically(path, text)
+        with contextlib.suppress(UserError):  # Where only reading is allowed it is made anew.
+            write_atomically(path, text)
     return arms
 
 

@@ -83,7 +83,8 @@ def main(words: Sequence[str], flags: Sequence[str], catalogue: Catalogue) -> in
         print(f"interrupted; continue with: {command}", file=sys.stderr)
         return stopped
     results = results_of_table(request, catalogue)
-    print(f"\n{FORMATS['text'](results)}\n\n{write_all(results, request)}")
+    print(f"\n{FORMATS['text'](results)}\n", flush=True)
+    print(write_all(results, request))
     return 0 if len(board.of(State.DONE)) == len(cells) else 1
 
 

@@ -79,7 +79,7 @@ def test_markdown_has_overview_and_details(results: Results) -> None:
 
 def test_latex_is_booktabs_and_escaped(results: Results) -> None:
     written = latex(results)
-    assert r"D|KD & \textbf{73.00 $\pm$ 2.00} (3) [71.97] & -- \\" in written
+    assert r"D\textbar{}KD & \textbf{73.00 $\pm$ 2.00} (3) [71.97] & -- \\" in written
     assert r"A\_1 & KD & 71.00 $\pm$ 1.00 & 3 & 70.66 & +0.34 &  & 1:05 \\" in written
     for rule in (r"\toprule", r"\midrule", r"\bottomrule"):
         assert written.count(rule) == 2
@@ -118,3 +118,63 @@ def test_json_is_the_csv_and_the_runs(results: Results) -> None:
 def test_every_format_labels_a_profile(results: Results, name: str) -> None:
     assert "smoke" in FORMATS[name](results)
     assert "smoke" not in FORMATS[name](replace(results, profile=""))
+
+
+AWKWARD = [
+    "[x] 50%_a",
+    "* #1 & {b}",
+    "=SUM(A1)",
+    "_init_ <b>",
+    'say "no"',
+    "a\nb",
+    "~^\\|$",
+    "[a](b)",
+]
+"""Labels with all that some format takes for its own."""
+
+
+@pytest.fixture
+def awkward() -> Results:
+    blank = Entry("", "c", "distilled", "accuracy", "max", {0: 90.0}, 1)
+    return Results(
+        title="=t\n% of",
+        description="",
+        rows=AWKWARD,
+        columns=["c"],
+        entries=[replace(blank, row=row) for row in AWKWARD],
+        epoch="last",
+    )
+
+
+def test_labels_of_any_letters_leave_tables_whole(awkward: Results) -> None:
+    lines = markdown(awkward).splitlines()
+    bars = [line.count("|") - line.count("\\|") for line in lines if line.startswith("|")]
+    assert bars == [3] * 10 + [9] * 10
+    assert "| \\_init\\_ \\<b> | **90.00** (1) |" in lines
+    assert "| [a\\](b) | **90.00** (1) |" in lines
+    rows = [line for line in latex(awkward).splitlines() if not line.startswith("%")]
+    ends = [line for line in rows if line.endswith(r"\\")]
+    assert len(ends) == 2 * (len(AWKWARD) + 1)
+    assert not [line for line in ends if line.startswith(("[", "*"))]
+    assert r"{[}x] 50\%\_a & \textbf{90.00} (1) \\" in rows
+    assert "% =t % of" in latex(awkward).splitlines()
+
+
+def test_no_cell_of_a_spreadsheet_is_a_formula(awkward: Results) -> None:
+    rows = list(csv.DictReader(io.StringIO(as_csv(awkward))))
+    assert [row["row"] for row in rows] == [
+        f"'{label}" if label.startswith("=") else label for label in AWKWARD
+    ]
+    negative = [replace(awkward.entries[0], values={0: -1.5})]
+    written = as_csv(replace(awkward, entries=negative, rows=AWKWARD[:1]))
+    (row,) = csv.DictReader(io.StringIO(written))
+    assert float(row["mean"]) == -1.5
+
+
+def test_cells_that_read_the_same_are_equally_good(results: Results) -> None:
+    close = [replace(results.cells["KD", "A_1"], values={0: v, 1: v}) for v in (73.001, 72.999)]
+    worse = replace(close[0], values={0: 72.99, 1: 72.99}, row="E")
+    shown = [close[0], replace(close[1], row="D|KD"), worse]
+    tied = replace(results, rows=["KD", "D|KD", "E"], columns=["A_1"], entries=shown)
+    assert markdown(tied).count("**73.00 ± 0.00**") == 2
+    assert "**72.99" not in markdown(tied)

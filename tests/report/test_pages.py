@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,14 @@ import pytest
 from safetensors.numpy import save_file
 
 from kdrun.cli import run as kdrun
-from kdrun.report.results import results_of_runs
+from kdrun.report.results import Entry, results_of_runs
 from kdrun.report.runs import Run
 
 from .conftest import write_run
 
 pytest.importorskip("matplotlib")
 from kdrun.report import drawings  # noqa: E402
+from kdrun.report.pages import _sign as sign_of  # noqa: E402
 from kdrun.report.pages import run_page, table_page  # noqa: E402
 
 NASTY = "<script>alert(1)</script>&\"'$x_1$"
@@ -248,3 +250,51 @@ def test_light_and_dark(runs: list[Run], tmp_path: Path) -> None:
     dark = browse(page, tmp_path, "--blink-settings=preferredColorScheme=0")
     assert (light["page"], light["text"]) == ("rgb(252, 252, 250)", "rgb(29, 33, 38)")
     assert (dark["page"], dark["text"]) == ("rgb(20, 23, 26)", "rgb(228, 231, 234)")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.filterwarnings("error")
+def test_a_method_that_diverged_is_on_the_page(tmp_path: Path, value: float) -> None:
+    """All runs of one temperature, and of one method, have results that are no numbers."""
+    runs = [write_run(tmp_path, "kd", 0, 90.0)]
+    for number, (method, hot) in enumerate([("kd", 8), ("dkd", 2), ("dkd", 4)], start=1):
+        words = f"method.temperature={hot}"
+        runs.append(write_run(tmp_path, method, 0, value, words=words, key=str(number)))
+    results = results_of_runs([with_records(run, run.seed) for run in runs], title="t")
+    drawn = drawings.of_results(results)
+    assert len(drawn["comparison"]) == 1 and not drawn["sensitivity"]
+    page = table_page(results, tmp_path)
+    assert (">nan<" if value != value else ">inf<") in page
+
+
+@pytest.mark.parametrize("direction", ["max", "min"])
+def test_no_difference_that_is_no_number_is_good_or_bad(direction: str) -> None:
+    blank = Entry("a", "c", "distilled", "loss", direction, {0: float("nan")}, 1, published=1.0)
+    assert sign_of(blank) == ""
+    assert sign_of(replace(blank, values={0: 2.0})) == ("good" if direction == "max" else "bad")
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "predictions.safetensors"])
+def test_a_damaged_record_is_one_line(
+    runs: list[Run], capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (runs[0].directory / name).write_text("epoch,loss\n1,?\n")
+    assert kdrun(["report", "--html", str(runs[0].directory)]) == 2
+    told = capsys.readouterr().err
+    assert f"{runs[0].directory / name} is damaged" in told and told.count("\n") == 1
+
+
+def test_columns_without_figures_are_counted(runs: list[Run], tmp_path: Path, monkeypatch) -> None:
+    results = results_of_runs(runs, title="t")
+    assert "figures: of" not in table_page(results, tmp_path)
+    monkeypatch.setattr(drawings, "MOST_COLUMNS", 1)
+    pairs = [write_run(tmp_path / "o", "kd", pair=("vgg13", "vgg8")), *runs]
+    page = table_page(results_of_runs(pairs, title="t"), tmp_path)
+    assert "figures: of the first 1 of 2 columns" in page
+
+
+def test_links_lead_to_folders_of_any_name(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "50% #1")
+    (run.directory / "report.html").write_text("")
+    page = table_page(results_of_runs([run], title="t"), tmp_path)
+    assert 'href="50%25%20%231/digits/resnet20-resnet8/kd-00000000/seed0/report.html"' in page

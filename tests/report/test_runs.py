@@ -105,3 +105,14 @@ def test_labels_tell_what_differs_and_no_more(tmp_path: Path) -> None:
 def test_seeds_come_together_in_order(tmp_path: Path) -> None:
     runs = [write_run(tmp_path, seed=seed) for seed in (10, 2)]
     assert [[run.seed for run in g] for g in by_configuration(runs).values()] == [[2, 10]]
+
+
+def test_one_word_in_two_spellings_is_no_difference(tmp_path: Path) -> None:
+    runs = [
+        write_run(
+            tmp_path, words=f"teacher.allow_chance={spelt} method.temperature={n}", key=str(n)
+        )
+        for n, spelt in enumerate(("true", "True"))
+    ]
+    rows = [row for row, _ in labels(list(by_configuration(runs).values()))]
+    assert rows == ["kd method.temperature=0", "kd method.temperature=1"]

@@ -167,3 +167,34 @@ def test_holm_agrees_with_statsmodels() -> None:
     for p_values in np.random.default_rng(3).uniform(size=(20, 7)).tolist():
         expected = multitest.multipletests(p_values, method="holm")[1]
         assert holm(p_values) == pytest.approx(list(expected))
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "p_value"),
+    [
+        ([1, 2, 3], [5, 6, 7], 2 / 6),
+        ([1, 2, 3, 4], [4, 3, 2, 1], 2 / 24),
+        ([1, 1, 2, 2], [3, 3, 4, 4], 8 / 24),  # orders among equals are the same
+        ([1, 2, 3], [1, 3, 2], 1.0),
+    ],
+)
+def test_rank_correlation_of_a_few_counts_orders(
+    x: list[float], y: list[float], p_value: float
+) -> None:
+    assert correlation(x, y).p_value == pytest.approx(p_value)
+
+
+def test_counted_orders_agree_with_a_permutation_test() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    x, y = [3.0, 1.0, 4.0, 1.5, 5.0, 9.0, 2.0], [2.0, 7.0, 1.0, 8.0, 2.5, 0.5, 8.5]
+    expected = stats.permutation_test(
+        (y,), lambda y: stats.spearmanr(x, y).statistic, permutation_type="pairings"
+    )
+    assert correlation(x, y).p_value == pytest.approx(expected.pvalue)
+
+
+def test_what_is_not_finite_decides_nothing() -> None:
+    nan = math.nan
+    assert correlation([1, 2, 3, nan], [1, 2, 3, 4]).p_value is None
+    assert correlation([1, 2, 3], [1, 2, math.inf], "pearson").p_value is None
+    assert anova([[1, 2, nan], [3, 4, 5]]).p_value is None

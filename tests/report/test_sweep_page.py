@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -95,3 +96,22 @@ def test_runs_can_be_sorted_and_filtered(trials: list[Trial], tmp_path: Path, wi
     assert told["overflow"] == 0
     assert told["alerts"] is False
     assert told["all"] == 8
+
+
+def test_runs_whose_validation_is_never_a_number_have_no_curve(tmp_path: Path) -> None:
+    trials = []
+    for number in range(3):
+        run = finished_run(tmp_path, number, 1000)
+        if number < 2:
+            lines = "epoch,loss,validation/accuracy\n1,1,nan\n2,1,nan\n"
+            (run.directory / "metrics.csv").write_text(lines)
+        trials.append(replace(trial(number, run), directory=run.directory))
+    assert sweep_page(tmp_path, trials)
+    assert sweep_page(tmp_path, trials[:2])
+
+
+def test_small_results_are_told_apart(tmp_path: Path) -> None:
+    trials = [replace(trial(n, None), objective=0.311 + n / 1000) for n in range(2)]
+    page = sweep_page(tmp_path, trials)
+    assert ">0.3110<" in page and ">0.3120<" in page
+    assert "none of its results was found: larger ones" in page

@@ -30,7 +30,7 @@ def test_the_best_come_first_with_their_commands() -> None:
     ]  # fmt: skip
     best = lines.index("best")
     assert lines[best + 1] == "  kdrun method=kd method.temperature=3"
-    assert any(line.split() == ["method.temperature", "+1.00", "0.000", "4"] for line in lines)
+    assert any(line.split() == ["method.temperature", "+1.00", "0.083", "4"] for line in lines)
     failed = lines.index("failed")
     assert lines[failed + 1 :] == [
         "  #4 ValueError: no",
