@@ -74,7 +74,7 @@ class Dense:
         """Logits ``(B, C)`` and every feature.
 
         Raises:
-            UserError: a value exceeds the range of the type.
+            UserError: a value is not finite, or exceeds the range of the type.
         """
         arrays = {"logits": output.dense_logits}
         for number, name in enumerate(self.features):
@@ -149,7 +149,9 @@ def encode_views(encoding: Encoding, output: ModelOutput) -> Arrays:
 def _narrowed(values: Tensor, dtype: torch.dtype) -> Tensor:
     values = values.detach()
     narrow = values.to(dtype)
-    if not bool(narrow.isfinite().all()) and bool(values.isfinite().all()):
+    if not bool(values.isfinite().all()):
+        raise UserError("the teacher gives outputs that are not finite: nothing can learn from it")
+    if not bool(narrow.isfinite().all()):
         raise UserError(
             f"the teacher's outputs reach {values.abs().max():.3g}, beyond the range of fp16; "
             "set teacher.cache_dtype=fp32"

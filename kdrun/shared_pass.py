@@ -61,10 +61,16 @@ class SharedPass:
             self._common = _Common(self._batch)
             for network in self._networks.values():
                 network.forget()
+        else:
+            # Whoever took it as the last batch of a training has asked for no other.
+            self.check_unchanged("the method of a run beside it")
         return replace(self._batch, views=dict(self._batch.views))
 
-    def check_unchanged(self) -> None:
+    def check_unchanged(self, whose: str) -> None:
         """Make sure that whoever had the turn has written into nothing that others read.
+
+        Args:
+            whose: method that was, in words.
 
         Raises:
             UserError: it has.
@@ -75,7 +81,7 @@ class SharedPass:
         ):
             if common.changed():
                 raise UserError(
-                    f"the method changes the {name} in place, which runs side by side share: "
+                    f"{whose} changes the {name} in place, which runs side by side share: "
                     "run it by itself"
                 )
 
@@ -151,10 +157,10 @@ class FollowingLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         for position in range(self._start, len(self)):
+            # The next batch is asked for before anybody else has the turn.
+            self.shared.check_unchanged("the method")
             self.member.stand_aside(self._epoch, position)
             yield self.shared.batch(self._epoch, position)
-            # The next batch is asked for before anybody else has the turn.
-            self.shared.check_unchanged()
 
     def replay(self, epoch: int, position: int) -> Batch:
         """Batch number ``position`` of ``epoch``."""

@@ -251,6 +251,21 @@ def test_what_is_shared_may_not_be_written_to(
     assert re.search(f"the method changes the {named}.* in place", str(second.error))
 
 
+@pytest.mark.parametrize(
+    ("epochs", "said"),
+    [(2, "the method changes the batch"), (1, "the method of a run beside it changes the batch")],
+)
+def test_what_is_shared_is_looked_at_after_the_last_batch_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epochs: int, said: str
+) -> None:
+    """Where an epoch has one batch, that is the last one."""
+    spoil(monkeypatch, lambda output, batch: batch.target.add_(0))
+    words = ("training.batch_size=2000", f"training.epochs={epochs}", "recipe.stages.alone=null")
+    ended = run_side_by_side(chosen(tmp_path, (MEMBERS[1], MEMBERS[0]), *words), [])
+    assert isinstance(ended[2 - epochs].error, UserError)
+    assert str(ended[2 - epochs].error).startswith(said)
+
+
 def test_objects_around_shared_tensors_are_ones_own(
     tmp_path: Path, alone, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -467,3 +467,10 @@ def test_values_beyond_half_precision_are_refused() -> None:
     with pytest.raises(UserError, match=r"reach 1e\+05, beyond .* teacher.cache_dtype=fp32"):
         Dense(torch.float16).encode(output)
     assert Dense(torch.float32).encode(output)["logits"].max() == 1e5
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("encoding", [Dense(torch.float32), TopK(1, 3, torch.float32)])
+def test_values_that_are_not_finite_are_refused(encoding, value: float) -> None:
+    with pytest.raises(UserError, match="gives outputs that are not finite"):
+        encoding.encode(ModelOutput(torch.tensor([[0.0, value, 1.0]])))
