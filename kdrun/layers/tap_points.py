@@ -31,6 +31,12 @@ REGISTER_TOKENS = ("reg_token", "register_tokens")
 ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Mish)
 ACTIVATIONS += (nn.Hardswish,)
 
+CHANNELS_LAST = {
+    "timm": ("Sequencer2d", "VOLO"),
+    "torchvision": ("SwinTransformer",),
+}
+"""Networks by library whose stages give maps ``(B, H, W, C)`` though nothing in them says so."""
+
 WHOLE = ("stem", "patch_embed")
 """Modules of these names lead into the first stage however many resolutions they pass."""
 
@@ -43,12 +49,12 @@ def derive_layout(network: nn.Module) -> Layout | None:
     if not any(isinstance(module, nn.Conv2d) for module in network.modules()):
         return None
     library = type(network).__module__.split(".")[0]
+    channels_last = type(network).__name__ in CHANNELS_LAST.get(library, ())
     if library == "timm":
         return Layout(
             special_tokens=getattr(network, "num_prefix_tokens", 0),
-            channels_last=getattr(network, "output_fmt", "NCHW") == "NHWC",
+            channels_last=channels_last or getattr(network, "output_fmt", "NCHW") == "NHWC",
         )
-    channels_last = library == "torchvision" and type(network).__name__ == "SwinTransformer"
     tokens = [
         parameter.shape[1]
         for name, parameter in network.named_parameters()
@@ -117,12 +123,21 @@ class _Call:
         return next(self.module.parameters(), None) is not None
 
 
-def _positions(tensor: Tensor | None, channels_last: bool) -> int:
+def _positions(tensor: Tensor | None, image: Any, channels_last: bool) -> int:
+    """Positions of a feature: by the proportions of the image where they tell, else as given."""
     # The trace runs on one sample; more rows than one are windows or tables, not a resolution.
     if tensor is None or tensor.ndim not in (3, 4) or tensor.shape[0] != 1:
         return 0
     if tensor.ndim == 3:
         return tensor.shape[1]
+    if isinstance(image, Tensor) and image.ndim == 4:
+        height, width = image.shape[2:]
+        # Within one position of the image's proportions.
+        is_last, is_first = (
+            abs(rows * width - columns * height) < max(height, width)
+            for rows, columns in (tensor.shape[1:3], tensor.shape[2:4])
+        )
+        channels_last = channels_last if is_last == is_first else is_last
     return math.prod(tensor.shape[1:3] if channels_last else tensor.shape[2:4])
 
 
@@ -138,7 +153,7 @@ def _trace(network: nn.Module, sample: Any, channels_last: bool) -> _Call:
         def hook(_: nn.Module, arguments: tuple, named: dict) -> None:
             call = _Call(path, module, input=first_tensor(arguments or named))
             is_image = call.input is sample
-            call.entry = _positions(call.input, channels_last and not is_image)
+            call.entry = _positions(call.input, sample, channels_last and not is_image)
             open_calls[-1].calls.append(call)
             open_calls.append(call)
 
@@ -148,7 +163,7 @@ def _trace(network: nn.Module, sample: Any, channels_last: bool) -> _Call:
         call = open_calls.pop()
         call.output = first_tensor(output)
         is_channels_first = isinstance(module, (nn.Conv2d, nn.BatchNorm2d))
-        call.positions = _positions(call.output, channels_last and not is_channels_first)
+        call.positions = _positions(call.output, sample, channels_last and not is_channels_first)
 
     handles = []
     for path, module in network.named_modules():
@@ -260,7 +275,7 @@ def _longest_run(root: _Call) -> list[_Call]:
                 and _shape(call) == _shape(run[-1])
             )
             run = [*run, call] if same else [call]
-            if call.calls and len(run) > len(longest):
+            if call.calls and call.positions and len(run) > len(longest):
                 longest = run
     return longest
 

@@ -180,7 +180,9 @@ class Taps:
         if tap.form == "raw":
             return feature
         if tap.name == "penultimate":
-            return feature.mean((2, 3)) if feature.ndim == 4 else feature
+            if feature.ndim != 4:
+                return feature
+            return as_map(feature, self.layout or Layout()).mean((2, 3))
         if self.layout is None or feature.ndim < 3:
             return feature
         return (as_map if tap.form == "map" else as_tokens)(feature, self.layout)

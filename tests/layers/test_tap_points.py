@@ -127,6 +127,41 @@ def test_vision_transformers_of_timm(name, options, blocks, special_tokens) -> N
     assert shapes_of_taps(network, inputs)["stage2"] == (8, 4, 4)
 
 
+def test_a_vision_transformer_for_any_image_size_is_cut_as_the_others() -> None:
+    """Its patches leave the embedding as a map with channels last."""
+    import timm
+
+    network = timm.create_model(
+        "vit_tiny_patch16_224",
+        num_classes=5,
+        img_size=16,
+        patch_size=4,
+        embed_dim=8,
+        num_heads=1,
+        depth=12,
+        dynamic_img_size=True,
+    )
+    points = tap_points(network, torch.randn(2, 3, 16, 16))
+    assert [points[f"stage{n}"] for n in (1, 2, 3, 4)] == [f"blocks.{b}" for b in (1, 3, 9, 11)]
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "stages", "pooled"),
+    [
+        ("pvt_v2_b0", 64, [(32, 16, 16), (64, 8, 8), (160, 4, 4), (256, 2, 2)], 256),
+        ("sequencer2d_s", 224, [(192, 32, 32), (384, 16, 16)], 384),
+    ],
+)
+def test_networks_that_change_their_layout_on_the_way(name, size, stages, pooled) -> None:
+    import timm
+
+    with torch.device("meta"):
+        network = timm.create_model(name, num_classes=5)
+        shapes = shapes_of_taps(network, torch.zeros(2, 3, size, size))
+    assert [shapes[f"stage{n}"] for n in range(1, len(stages) + 1)] == stages
+    assert shapes["penultimate"] == (pooled,)
+
+
 def test_an_mlp_mixer_is_cut_by_depth_and_has_no_special_tokens() -> None:
     from timm.models.mlp_mixer import MlpMixer
 
