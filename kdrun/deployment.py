@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,7 @@ from kdrun.errors import UserError
 from kdrun.experiment import prepare_data, stages_of
 from kdrun.export import FORMATS, SUFFIXES, export
 from kdrun.files import read_json, write_json
-from kdrun.identity import fingerprint
+from kdrun.identity import fingerprint, output_directory
 from kdrun.interruption import SignalWatch
 from kdrun.logs import Console
 from kdrun.outputs import Batch
@@ -57,8 +57,10 @@ class FinishedRun:
 
     def artefacts(self) -> dict[str, Artefact]:
         """The shared artefacts of the run that are still in the store beside it, by stage."""
-        # <output_dir>/<dataset>/<teacher>-<student>/<method>-<hash>/seed<k>
-        store = self.directory.resolve().parents[3] / "store"
+        above = output_directory(self.directory)
+        if above is None:
+            return {}
+        store = above / "store"
         named = {stage: store / name for stage, name in self.result["artefacts"].items()}
         return {
             stage: Artefact(directory, {})
@@ -103,7 +105,8 @@ def evaluate_run(directory: Path, words: Sequence[str], catalogue: Catalogue) ->
     """Test a finished run's student again; print and write the result.
 
     Teacher and student alone are tested too where the store still has them, a teacher that the run
-    has adapted as it was when the student learned from it.
+    has adapted as it was when the student learned from it; a line tells what the run has tested and
+    this does not.
 
     Args:
         directory: of the run; ``eval-<data set>.json`` is written there.
@@ -163,9 +166,9 @@ def evaluate_run(directory: Path, words: Sequence[str], catalogue: Catalogue) ->
     changed = any(word.startswith("dataset.") for word in words)
     ending = f"-{fingerprint(config['dataset'], 8)}" if changed else ""
     path = directory / f"eval-{name.replace('/', '_')}{ending}.json"
-    write_json(path, result)
     print(f"{name}, {data.test_size:,} test samples")
     print(networks_table(task.objective, networks_results))
+    write_json(path, result)
     print(path)
 
 
@@ -198,6 +201,9 @@ def _networks(run: FinishedRun, context: Context) -> dict[str, nn.Module]:
     config, data = context.config, context.data
     assembly = assemble_untrained(config, data, context.task)
     networks: dict[str, nn.Module] = {}
+    for name, stage in stages_of(config).items():
+        if name in context.artefacts:
+            networks |= stage.tested(context)
     for role, source in assembly.method.roles().items():
         if role in assembly.method.trainable_roles:
             networks[role] = assembly.teachers[role]
@@ -217,7 +223,25 @@ def _networks(run: FinishedRun, context: Context) -> dict[str, nn.Module]:
             load_weights(alone, context.artefacts["alone"].path(f"network{ending}.safetensors"))
             networks[f"alone/{epoch}"] = alone
         networks[f"distilled/{epoch}"] = _deployed(run, epoch, assembly)
+    _tell_of_the_others(run, context, networks, assembly.method.roles())
     return networks
+
+
+def _tell_of_the_others(
+    run: FinishedRun,
+    context: Context,
+    networks: Mapping[str, nn.Module],
+    roles: Mapping[str, str],
+) -> None:
+    """Say which networks that the run has tested are not tested now, and why."""
+    tested = {label.partition("/")[0] for label in networks}
+    for role in run.result["networks"]:
+        stage = roles.get(role, role)
+        if role in tested or stage in context.artefacts:  # The latter was told of above.
+            continue
+        stored = stage in run.result["artefacts"]
+        why = "the store no longer has it" if stored else "only its run can test it"
+        print(f"{role} is left out: {why}")
 
 
 def _as_it_taught(run: FinishedRun, context: Context, source: str) -> nn.Module:

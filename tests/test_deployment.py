@@ -21,6 +21,7 @@ from kdrun.errors import UserError
 from kdrun.export import export
 from kdrun.models.small_cnn import SmallCNN
 from kdrun.outputs import Batch
+from kdrun.runs import resume_config
 from kdrun.tasks.classification import Classification
 from tests.tiny import digits, identical, run
 
@@ -57,18 +58,28 @@ def test_eval_repeats_the_result_of_the_run(finished, capsys) -> None:
             assert written["networks"][role][key] == entry[key]
 
 
-def test_eval_of_a_run_that_was_moved(finished, tmp_path: Path) -> None:
-    """Away from its store there is only the student."""
+def test_eval_of_a_run_that_was_moved(finished, tmp_path: Path, capsys) -> None:
+    """Away from its store there is only the student; what is missing is told."""
     result, directory = finished
     moved = tmp_path / "some" / "deep" / "place" / "seed0"
     shutil.copytree(directory, moved)
     evaluate_run(moved, [], open_catalogue())
     networks = json.loads((moved / "eval-digits.json").read_text())["networks"]
     assert set(networks) == {"distilled"}
+    told = capsys.readouterr().out.splitlines()
+    for role in ("teacher", "alone"):
+        assert f"{role} is left out: the store no longer has it" in told
     expected = result["networks"]["distilled"]["test_last"]
     assert networks["distilled"]["test_last"] == {
         name: value for name, value in expected.items() if name not in ("kl", "agreement")
     }
+
+
+def test_a_run_too_near_the_root_has_no_store() -> None:
+    run = deployment.FinishedRun(Path("/seed0"), {}, {"artefacts": {"teacher": "network/0"}})
+    assert run.artefacts() == {}
+    with pytest.raises(UserError, match="was moved; put it back"):
+        resume_config(Path("/seed0"), [], open_catalogue())
 
 
 def test_eval_on_another_test_set(finished, capsys) -> None:

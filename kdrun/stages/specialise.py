@@ -94,6 +94,12 @@ class CoTrain(Stage):
                 key[f"training of {role}"] = training_settings(here.config, role)
         return key | training_key(here, STUDENT)
 
+    def tested(self, context: Context) -> dict[str, nn.Module]:
+        """Both teachers and the student as they are after this phase."""
+        networks = cotrained(context)
+        networks["cotrained"] = networks.pop(STUDENT)
+        return networks
+
     def produce(self, context: Context, name: str, directory: Path) -> None:
         """Train all three."""
         seed = context.config["seed"]
@@ -221,8 +227,7 @@ class EvaluateRouted(Stage):
     def produce(self, context: Context, name: str, directory: Path) -> None:
         """Fill ``context.result``."""
         assembly = trained_specialists(context)
-        networks: dict[str, nn.Module] = dict(cotrained(context))
-        networks["cotrained"] = networks.pop(STUDENT)
+        networks = CoTrain().tested(context)
         for epoch, ending in EPOCHS.items():
             if "alone" in context.artefacts:
                 networks[f"alone/{epoch}"] = loaded(

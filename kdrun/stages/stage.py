@@ -135,6 +135,14 @@ class Stage:
         """
         return {}
 
+    def tested(self, context: Context) -> dict[str, nn.Module]:
+        """Networks that this stage has trained and that are tested beside student and teachers.
+
+        By what ``kdrun.stages.evaluate.results_on_test`` calls them; default: none. Asked once the
+        artefact is there, in its own run and by later commands on that run.
+        """
+        return {}
+
     def produce(self, context: Context, name: str, directory: Path) -> None:
         """Write the artefact's files into ``directory``, which may hold an interrupted attempt."""
         raise NotImplementedError

@@ -17,9 +17,11 @@ import kdrun.stages.distil
 import kdrun.stages.specialise
 from kdrun.catalogue import open_catalogue
 from kdrun.config import compose
+from kdrun.deployment import evaluate_run
 from kdrun.distiller import Distiller
 from kdrun.errors import Interrupted, UserError
 from kdrun.experiment import run_experiment
+from kdrun.files import read_json
 from kdrun.layers.masks import SpecialisedTeacher
 from kdrun.losses.divergence import kl_divergence
 from kdrun.stages.training import train
@@ -135,6 +137,12 @@ def test_each_phase_trains_its_part_and_nothing_else(
     assert {f"share_{name}" for name in names} | {"teachers_supervised"} <= columns
     said = (directory / "log.txt").read_text()
     assert "KL masked" in said and "aux_teacher_2" in said
+    # And what a later command shows of it.
+    evaluate_run(directory, [], open_catalogue())
+    again = read_json(directory / "eval-spoken_digits.json")["networks"]
+    assert set(again) == set(networks)
+    for role, entry in again.items():
+        assert entry.items() <= networks[role].items()
 
 
 @pytest.mark.slow
