@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import threading
+import weakref
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -42,8 +43,8 @@ CROP = 3
 RATIO = (3 / 4, 4 / 3)
 
 if sys.platform != "win32":
-    # A worker is a copy of this process. What Python's collector would find in it to throw away -
-    # above all the workers of an earlier loader - is not its own, and to visit it copies its memory.
+    # A worker is a copy of this process. What Python's collector would find in it to throw away,
+    # above all the workers of an earlier loader, is not its own; to visit it copies its memory.
     os.register_at_fork(after_in_child=gc.freeze)
 
 
@@ -146,6 +147,9 @@ class StreamLoader:
             pin_memory=self._pinned,
             generator=torch.Generator(),  # otherwise each epoch would advance the global one
         )
+        # Python's collector takes what a circle holds apart in any order, and a worker whose queue
+        # is gone first is waited for five seconds. What is held here goes in its own order.
+        weakref.finalize(self, _let_go, self._workers).atexit = False
 
     def __len__(self) -> int:
         return self.options.batches(len(self._samples))
@@ -272,6 +276,10 @@ def _await_end(main_process: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main_process:
         pass
     os._exit(0)
+
+
+def _let_go(workers: DataLoader) -> None:
+    """Nothing but to have held them until now."""
 
 
 def _as_it_is(fetched: tuple[dict, Tensor, Tensor] | str) -> tuple[dict, Tensor, Tensor] | str:
