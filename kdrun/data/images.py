@@ -98,6 +98,8 @@ class Images(DataModule):
         )
         if not len(mean) == len(std) == channels:
             raise ValueError(f"mean and std need {channels} numbers each, one per channel")
+        if not all(0 <= share <= 1 for share in mean) or not all(width > 0 for width in std):
+            raise ValueError("mean must be within [0, 1] and std positive, for values in [0, 1]")
         if storage == "stream" and image_size is None:
             raise ValueError("image_size is needed with storage=stream")
         if storage == "resident" and crop_scale is not None:

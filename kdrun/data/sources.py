@@ -314,11 +314,15 @@ def _one_line_only() -> Iterator[None]:
 
 
 def _why_not_loaded(name: str, folder: Path | None, error: Exception) -> str:
+    import yaml
+
     reason = _line(error)
     if folder is None:
         root = os.environ.get("KDRUN_DATA")
         local = f"not below KDRUN_DATA={root}" if root else "not local (KDRUN_DATA is not set)"
         return f"dataset.name={name}: {local}, and the hub says: {reason}"
+    if isinstance(error, yaml.YAMLError):
+        return f"cannot read {folder / 'README.md'}: {' '.join(str(error).split())}"
     culprit = _unreadable_parquet(folder)
     return f"cannot read {culprit}" if culprit else f"cannot read {folder}: {reason}"
 

@@ -283,6 +283,8 @@ def test_classes_that_do_not_exist(hub_folder, classes, message):
     ("options", "message"),
     [
         ({"mean": [0.5]}, "mean and std need 3 numbers"),
+        ({"mean": [125.3, 123.0, 113.9]}, r"mean must be within \[0, 1\]"),
+        ({"std": [0.2, 0.0, 0.2]}, "std positive"),
         ({"storage": "stream"}, "image_size is needed"),
         ({"crop_scale": [0.1, 1.0]}, "needs storage=stream"),
         ({"storage": "stream", "image_size": 8, "crop_scale": [0.9, 0.1]}, "two rising shares"),

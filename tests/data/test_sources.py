@@ -128,6 +128,15 @@ def test_a_corrupt_image_is_traced_to_its_table(hub_folder, three_tables):
     assert str(caught.value) == f"cannot decode {three_tables[1]}, row 4: not a known image"
 
 
+def test_a_page_that_is_no_yaml_is_named(hub_folder):
+    page = hub_folder / "README.md"
+    page.write_text("---\nconfigs: [\n---\n")
+    with pytest.raises(UserError) as caught:
+        animals().load()
+    message = str(caught.value)
+    assert message.startswith(f"cannot read {page}: ") and "\n" not in message
+
+
 def test_the_library_does_not_speak_beside_us(hub_folder, capfd):
     (path,) = hub_folder.rglob("train-*.parquet")
     path.write_bytes(path.read_bytes()[:-40])
