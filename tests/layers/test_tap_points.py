@@ -149,7 +149,9 @@ def test_a_vision_transformer_for_any_image_size_is_cut_as_the_others() -> None:
     ("name", "size", "stages", "pooled"),
     [
         ("pvt_v2_b0", 64, [(32, 16, 16), (64, 8, 8), (160, 4, 4), (256, 2, 2)], 256),
-        ("sequencer2d_s", 224, [(192, 32, 32), (384, 16, 16)], 384),
+        pytest.param(
+            *("sequencer2d_s", 224, [(192, 32, 32), (384, 16, 16)], 384), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_networks_that_change_their_layout_on_the_way(name, size, stages, pooled) -> None:
@@ -160,6 +162,32 @@ def test_networks_that_change_their_layout_on_the_way(name, size, stages, pooled
         shapes = shapes_of_taps(network, torch.zeros(2, 3, size, size))
     assert [shapes[f"stage{n}"] for n in range(1, len(stages) + 1)] == stages
     assert shapes["penultimate"] == (pooled,)
+
+
+class PixelsOfPatches(nn.Module):
+    """Three blocks on the pixels of each patch, a row each, then two on the patches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, 8, 4, stride=4)
+        self.inner = nn.Sequential(*(nn.Sequential(nn.Linear(2, 2)) for _ in range(3)))
+        self.outer = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(2))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.patch(images).flatten(2).transpose(1, 2)
+        tokens = self.inner(tokens.reshape(-1, 4, 2)).reshape(tokens.shape)
+        for block in self.outer:
+            tokens = block(tokens)
+        return self.head(tokens.mean(1))
+
+
+def test_blocks_on_parts_of_a_sample_are_no_stages() -> None:
+    network = PixelsOfPatches()
+    points = tap_points(network, torch.randn(2, 3, 16, 16))
+    assert [points[name] for name in ("stage1", "stage2")] == ["outer.0", "outer.1"]
+    shapes = shapes_of_taps(network, torch.randn(2, 3, 16, 16))
+    assert shapes == {"stage1": (8, 4, 4), "stage2": (8, 4, 4), "penultimate": (8,)}
 
 
 def test_an_mlp_mixer_is_cut_by_depth_and_has_no_special_tokens() -> None:
