@@ -115,7 +115,7 @@ def curves(title: str, lines: Sequence[Line], y: str) -> str:
             if line.low is not None and line.high is not None:
                 axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.18, lw=0)
         axes.set(title=title, xlabel="epoch", ylabel=y)
-        _epochs(axes, max(len(line.x) for line in lines))
+        whole_epochs(axes, max(len(line.x) for line in lines))
         _focus(axes, [line.mean for line in lines])
         legend(figure, axes)
         return svg_of(figure, f"{title}: {y} over epochs")
@@ -214,7 +214,7 @@ def shares(title: str, epochs: np.ndarray, terms: Mapping[str, np.ndarray]) -> s
             axes.stackplot(epochs, parts, labels=list(terms), colors=colours, alpha=0.85)
             axes.set_xlim(epochs[0], epochs[-1])
         axes.set(title=title, xlabel="epoch", ylabel="share of the loss, %", ylim=(0, 100))
-        _epochs(axes, len(epochs))
+        whole_epochs(axes, len(epochs))
         legend(figure, axes)
         return svg_of(figure, f"{title}: shares of the loss over epochs")
 
@@ -286,7 +286,7 @@ def logarithmic(axes: Axes) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _epochs(axes: Axes, count: int) -> None:
+def whole_epochs(axes: Axes, count: int) -> None:
     """Whole epochs on the axis; a single one in the middle of it."""
     axes.xaxis.get_major_locator().set_params(integer=True)
     if count == 1:

@@ -15,6 +15,7 @@ from kdrun.report.figures import (
     logarithmic,
     styled,
     svg_of,
+    whole_epochs,
 )
 from kdrun.report.runs import natural
 
@@ -133,17 +134,23 @@ def all_curves(
     with styled():
         figure, axes = blank_figure(HEIGHT + 0.14 * len(best))
         for x, results in curves:
-            axes.plot(x, results, color=INK, linewidth=0.7, alpha=0.28)
+            axes.plot(x, results, _mark(x), color=INK, linewidth=0.7, alpha=0.28)
         for number, (label, place) in enumerate(best):
             x, results = curves[place]
-            axes.plot(x, results, color=SERIES[(number + 2) % len(SERIES)], label=label)
+            colour = SERIES[(number + 2) % len(SERIES)]
+            axes.plot(x, results, _mark(x), color=colour, label=label)
         values = np.concatenate([results[np.isfinite(results)] for _, results in curves])
         room = 0.05 * max(np.ptp(values), 1e-9)
         axes.set_ylim(values.min() - room, values.max() + room)
         axes.set(title="Validation of every run", xlabel="epoch", ylabel=y)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        whole_epochs(axes, max(len(x) for x, _ in curves))
         legend(figure, axes)
         return svg_of(figure, f"{y} of every run over epochs")
+
+
+def _mark(x: np.ndarray) -> str:
+    """One epoch alone is a point."""
+    return "o" if len(x) == 1 else "-"
 
 
 def as_number(text: str) -> float | None:

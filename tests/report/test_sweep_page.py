@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -115,3 +116,14 @@ def test_small_results_are_told_apart(tmp_path: Path) -> None:
     page = sweep_page(tmp_path, trials)
     assert ">0.3110<" in page and ">0.3120<" in page
     assert "none of its results was found: larger ones" in page
+
+
+def test_runs_of_one_epoch_are_points(tmp_path: Path) -> None:
+    trials = []
+    for number in range(2):
+        run = finished_run(tmp_path, number, 1000)
+        (run.directory / "metrics.csv").write_text("epoch,loss,validation/accuracy\n1,1,80\n")
+        trials.append(replace(trial(number, run), directory=run.directory))
+    (curves,) = [d.svg for d in drawings_of(trials, [])["progress"] if "over epochs" in d.svg]
+    assert "<use " in curves, "a mark"
+    assert ">1</text>" in curves and "0.9" not in "".join(re.findall(r"<text.*?</text>", curves))
