@@ -59,7 +59,7 @@ def test_timm_pretrained(tmp_path: Path, suffix: str) -> None:
         torch.save(source.state_dict(), path)
     else:
         save_weights(source, path)
-    overlay = {"file": str(path), "num_classes": 5}
+    overlay = {"file": str(path), "num_classes": 5, "custom_load": False}
     assert same_weights(source, tiny_timm(pretrained_cfg_overlay=overlay))
     with pytest.warns(UserWarning, match="pretrained classifier has 5 classes, the data set 3"):
         other = tiny_timm(num_classes=3, pretrained_cfg_overlay=overlay)
@@ -71,7 +71,7 @@ def test_timm_pretrained_on_grey_images_folds_the_first_layer(tmp_path: Path) ->
     torch.manual_seed(0)
     source = tiny_timm()
     save_weights(source, tmp_path / "w.safetensors")
-    overlay = {"file": str(tmp_path / "w.safetensors"), "num_classes": 5}
+    overlay = {"file": str(tmp_path / "w.safetensors"), "num_classes": 5, "custom_load": False}
     grey = tiny_timm(in_channels=1, pretrained_cfg_overlay=overlay)
     image = torch.randn(2, 1, 16, 16)
     torch.testing.assert_close(grey(image), source(image.expand(-1, 3, -1, -1)))
