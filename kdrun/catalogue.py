@@ -81,7 +81,8 @@ class Catalogue:
     def defaults(self) -> dict[str, str]:
         """The choice of each group in ``config.yaml``, by the name of the group as typed."""
         pairs = [entry for entry in self.root()["defaults"] if isinstance(entry, dict)]
-        return {typed_group(key): name for pair in pairs for key, name in pair.items()}
+        chosen = {typed_group(key): name for pair in pairs for key, name in pair.items()}
+        return {group: name for group, name in chosen.items() if is_group(group)}
 
     def group_folders(self) -> list[str]:
         """Folders of all groups that have a config, ``table`` and the like included."""

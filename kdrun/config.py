@@ -14,6 +14,7 @@ from typing import Any
 from kdrun.catalogue import (
     Catalogue,
     is_further_network,
+    is_group,
     is_network,
     load_yaml,
     typed_group,
@@ -176,11 +177,11 @@ def _base(
             if unknown:
                 raise ConfigErrors([_not_taken(group) for group in unknown]) from error
             raise ConfigErrors([f"the config files do not compose: {message[:300]}"]) from error
-    names = {
+    chosen = {
         typed_group(key.split("@_global_.")[-1]): name
         for key, name in tree.hydra.runtime.choices.items()
-        if not key.startswith("hydra/")
     }
+    names = {group: name for group, name in chosen.items() if is_group(group)}
     with open_dict(tree):
         del tree["hydra"]
     values = OmegaConf.to_container(tree, resolve=False)

@@ -8,6 +8,7 @@ import pytest
 
 from kdrun.catalogue import open_catalogue
 from kdrun.cli import run as kdrun
+from kdrun.config import compose
 from kdrun.experiment import run_experiment
 from kdrun.overrides import merge
 from kdrun.report.summary import summary_table
@@ -56,10 +57,9 @@ def test_the_same_recipe_is_the_same_run() -> None:
     ("words", "rates", "epochs", "batch_size", "milestones", "decay"),
     [
         (["recipe=cifar240"], (0.05, 0.05), 240, 64, [150, 180, 210], 5e-4),
-        (
-            ["recipe=cifar240", "training=cifar240_mobile"],
-            (0.05, 0.01),
-            *(240, 64, [150, 180, 210], 5e-4),
+        *(
+            (["recipe=cifar240", f"student={name}"], (0.05, 0.01), 240, 64, [150, 180, 210], 5e-4)
+            for name in ("mobilenet_v2", "shufflenet_v1", "shufflenet_v2")
         ),
         (["recipe=imagenet100"], (0.1, 0.1), 100, 256, [30, 60, 90], 1e-4),
     ],
@@ -93,6 +93,24 @@ def test_depthwise_students_of_a_table_learn_at_their_own_rate_from_the_same_tea
     first, second = configs["R50-MNV2"], configs["R50-VGG8"]
     assert first["teacher"] == second["teacher"]
     assert training_settings(first, "teacher") == training_settings(second, "teacher")
+
+
+def test_what_is_typed_wins_over_what_a_student_trains_differently() -> None:
+    words = ["recipe=cifar240", "student=mobilenet_v2", "training.optimizer.lr=0.02"]
+    assert composed(*words).values["training"]["optimizer"]["lr"] == 0.02
+    assert composed("student=mobilenet_v2").values["training"] == composed().values["training"]
+
+
+def test_students_of_ones_own_training_train_differently_too(tmp_path: Path) -> None:
+    (tmp_path / "training_of" / "digits").mkdir(parents=True)
+    file = tmp_path / "training_of" / "digits" / "small_cnn.yaml"
+    file.write_text("training: {batch_size: 32}\n", encoding="utf-8")
+    catalogue = open_catalogue([tmp_path])
+    found = {
+        student: compose([f"student={student}"], catalogue).values["training"]["batch_size"]
+        for student in ("small_cnn", "resnet8")
+    }
+    assert found == {"small_cnn": 32, "resnet8": 64}
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
