@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from kdrun.errors import UserError
+
+NO_MEMORY = ("not enough memory", "can't allocate memory")
+"""What PyTorch says where the CPU's allocator gets nothing; for a GPU it has an error class."""
+REFUSED = "does not have a deterministic implementation"
+"""What PyTorch says of a kernel that gives other bits each time."""
 
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
@@ -26,6 +34,31 @@ def prepare_process(trainer: Mapping[str, Any]) -> None:
     torch.set_flush_denormal(True)
     if not torch.cuda.is_available():
         keep_freed_memory()
+
+
+@contextlib.contextmanager
+def device_errors_told() -> Iterator[None]:
+    """Tell what a device cannot do, and what to change, in one line.
+
+    Raises:
+        UserError: its memory is not enough, or it has no kernel that always gives the same bits.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error)
+        if isinstance(error, torch.OutOfMemoryError) or any(words in reason for words in NO_MEMORY):
+            raise UserError(
+                "the memory of the device is not enough: lower training.batch_size, raise "
+                "trainer.accumulate (a batch goes through in so many parts), or set "
+                "trainer.precision=bf16"
+            ) from error
+        if REFUSED in reason:
+            raise UserError(
+                f"{reason.split()[0]} gives other bits each time on this device: set "
+                "trainer.deterministic=false, or choose a network or method that does without it"
+            ) from error
+        raise
 
 
 def keep_freed_memory() -> bool:

@@ -15,6 +15,7 @@ from kdrun.interruption import SignalWatch
 from kdrun.lockstep import Member
 from kdrun.logs import Console
 from kdrun.parameters import checked_constructor
+from kdrun.process import device_errors_told
 from kdrun.store import Artefact, Store
 from kdrun.tasks.task import Task
 
@@ -98,7 +99,8 @@ class Stage:
         key = self.key(context)
 
         def produce(directory: Path) -> None:
-            self.produce(context, name, directory)
+            with device_errors_told():
+                self.produce(context, name, directory)
 
         if self.shared:
             artefact, found = context.store.obtain(self.kind, key, produce)

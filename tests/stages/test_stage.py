@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
+from kdrun.errors import UserError
 from kdrun.experiment import stages_of
 from kdrun.stages.specialise import CoTrain
 from kdrun.stages.stage import Context, Stage
@@ -70,3 +72,46 @@ def test_arguments_are_held_against_their_annotations() -> None:
         CoTrain(epochs=0)
     with pytest.raises(TypeError):
         Count(rows=3)
+
+
+class Broken(Count):
+    error: Exception
+
+    def produce(self, context: Context, name: str, directory: Path) -> None:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "batch_size"),
+        (
+            RuntimeError(
+                "pool_backward_cuda does not have a deterministic implementation, but you set "
+                "'torch.use_deterministic_algorithms(True)'."
+            ),
+            r"^pool_backward_cuda gives other bits each time .* set trainer\.deterministic=false",
+        ),
+    ],
+)
+def test_what_a_device_cannot_do_is_one_line(make_context, error, told) -> None:
+    stage = Broken()
+    stage.error = error
+    with pytest.raises(UserError, match=told):
+        stage.run(make_context(), "broken")
+
+
+def test_memory_that_no_machine_has_is_one_line(make_context) -> None:
+    class Large(Count):
+        def produce(self, context: Context, name: str, directory: Path) -> None:
+            torch.empty(2**60, dtype=torch.uint8)
+
+    with pytest.raises(UserError, match="memory of the device is not enough"):
+        Large().run(make_context(), "large")
+
+
+def test_other_errors_of_a_stage_are_left_alone(make_context) -> None:
+    stage = Broken()
+    stage.error = RuntimeError("shapes do not fit")
+    with pytest.raises(RuntimeError, match="^shapes do not fit$"):
+        stage.run(make_context(), "broken")
