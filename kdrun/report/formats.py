@@ -160,7 +160,7 @@ def value(entry: Entry) -> str:
 
 def is_best(entry: Entry, results: Results) -> bool:
     """Whether a cell shows the best mean of its column; so do several that read the same."""
-    best = results.best(entry.column)
+    best = results.best[entry.column]
     if best is None or entry.mean is None or entry.network != "distilled":
         return False
     places = digits(entry)

@@ -121,8 +121,12 @@ class Results:
         """The cells by row and column."""
         return {(entry.row, entry.column): entry for entry in self.entries}
 
-    def best(self, column: str) -> float | None:
-        """The best mean of a column; what was not distilled does not compete."""
+    @functools.cached_property
+    def best(self) -> dict[str, float | None]:
+        """The best mean of each column; what was not distilled does not compete."""
+        return {column: self._best(column) for column in self.columns}
+
+    def _best(self, column: str) -> float | None:
         entries = [self.cells[row, column] for row in self.rows]
         distilled = [e.mean for e in entries if e.network == "distilled"]
         means = [mean for mean in distilled if mean is not None and math.isfinite(mean)]

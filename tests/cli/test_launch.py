@@ -120,7 +120,9 @@ def test_ctrl_c_at_any_moment_is_no_traceback(tmp_path, seconds):
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
     told, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, told
+    # Where it hits Python in code made at run time (a dataclass), Python ends by the signal itself
+    # after we have dealt with it; a shell calls both 130.
+    assert process.returncode in (130, -signal.SIGINT), told
     assert "Traceback" not in told and "gloo" not in told.lower(), told
     if seconds > 1:
         assert told.splitlines()[-1].startswith("interrupted"), told

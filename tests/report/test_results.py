@@ -34,7 +34,7 @@ def test_means_deviations_and_tests(tmp_path: Path) -> None:
     assert dkd.adjusted == dkd.test.p_value
     assert results.cells["kd", column].test is None
     assert dkd.seconds == 21.0
-    assert results.best(column) == 93.0
+    assert results.best[column] == 93.0
 
 
 def test_a_shared_teacher_counts_once_and_students_per_seed(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_rows_of_a_method_are_in_the_order_of_their_numbers(tmp_path: Path) -> N
 def test_a_result_that_is_no_number_is_never_the_best(tmp_path: Path) -> None:
     runs = [write_run(tmp_path, "at", accuracy=math.nan), write_run(tmp_path, "kd", accuracy=90.0)]
     results = results_of_runs(runs, title="t")
-    assert results.best(results.columns[0]) == 90.0
+    assert results.best[results.columns[0]] == 90.0
 
 
 def test_output_directories_share_their_configurations(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_metric_epoch_and_baseline_can_be_chosen(tmp_path: Path) -> None:
     [column] = results.columns
     assert results.cells["kd", column].mean == pytest.approx(0.1)
     assert results.cells["kd", column].baseline == "dkd"
-    assert results.best(column) == pytest.approx(0.1)
+    assert results.best[column] == pytest.approx(0.1)
 
 
 def test_a_diverged_run_stays_visible(tmp_path: Path) -> None:
