@@ -1,5 +1,6 @@
 """The installed command: exit statuses, speed, and what it does not import."""
 
+import math
 import os
 import resource
 import subprocess
@@ -89,24 +90,31 @@ with initialize_config_dir({folder!r}, version_base="1.3"):
 """
 
 
-def cpu_seconds(command):
-    """The least processor time of a few calls: wall time depends on what else the machine does."""
-    times = []
-    for _ in range(4):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run(command, capture_output=True, check=False)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    return min(times)
+def cpu_seconds(*commands):
+    """The least processor time of a few calls of each, in turn: the machine may have other work."""
+    least = [math.inf] * len(commands)
+    for _ in range(6):
+        for number, command in enumerate(commands):
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            subprocess.run(command, capture_output=True, check=False)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+            least[number] = min(least[number], spent)
+    return least
 
 
 def test_a_mistake_is_told_about_as_fast_as_hydra_starts(tmp_path):
     # An empty Hydra program takes 0.3 s where half a second is what a user may wait.
     (tmp_path / "config.yaml").write_text("a: 1\n")
-    hydra = cpu_seconds([sys.executable, "-c", HYDRA_ALONE.format(folder=str(tmp_path))])
-    assert cpu_seconds([*COMMAND, "method=kdd", "method.alpha=2"]) < 1.6 * hydra
-    assert cpu_seconds([*COMMAND, "ls", "methods"]) < 0.8 * hydra
-    assert cpu_seconds([*COMMAND, "--help"]) < 0.6 * hydra
+    hydra, mistake, listing, shown = cpu_seconds(
+        [sys.executable, "-c", HYDRA_ALONE.format(folder=str(tmp_path))],
+        [*COMMAND, "method=kdd", "method.alpha=2"],
+        [*COMMAND, "ls", "methods"],
+        [*COMMAND, "--help"],
+    )
+    assert mistake < 1.6 * hydra
+    assert listing < 0.8 * hydra
+    assert shown < 0.6 * hydra
 
 
 # -- in this process -------------------------------------------------------------------------------
